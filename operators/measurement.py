@@ -1,0 +1,41 @@
+"""What was observed: y = A x + sigma n."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .base import LinearOperator
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """A degraded photo together with the operator that degraded it and the noise it carries.
+
+    Args:
+        y: (B, *operator.out_shape), in [-1, 1] units (the autoencoder's range), finite.
+        operator: the linear map A.
+        sigma: standard deviation of the noise in [-1, 1] units, >= 0; 0 means that the photo is to be met exactly.
+    """
+
+    y: Tensor
+    operator: LinearOperator
+    sigma: float = 0.0
+
+    def __post_init__(self) -> None:
+        expected = ", ".join(map(str, self.operator.out_shape))
+        if self.y.ndim != 4 or tuple(self.y.shape[1:]) != self.operator.out_shape:
+            raise ValueError(f"y: got shape {tuple(self.y.shape)}, expected (batch, {expected}) for {self.operator!r}")
+        if not bool(torch.isfinite(self.y).all()):
+            raise ValueError("y: has NaN or infinite values; the photo must be finite everywhere")
+        if not (math.isfinite(self.sigma) and self.sigma >= 0):
+            raise ValueError(f"sigma: got {self.sigma}, expected a finite number >= 0")
+
+    def residual_norm(self, x: Tensor) -> Tensor:
+        """||A x - y|| for each image, in [-1, 1] units. x: (B, *operator.in_shape) -> (B,)."""
+        return torch.linalg.vector_norm((self.operator.A(x) - self.y).flatten(1), dim=1)
+
+    def to(self, *args: object, **kwargs: object) -> "Measurement":
+        """A copy with its tensors moved, as `torch.Tensor.to` does (device, dtype, copy=...)."""
+        return replace(self, y=self.y.to(*args, **kwargs), operator=self.operator.to(*args, **kwargs))
