@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 PACK = "comfyui-posterior"
@@ -87,7 +88,13 @@ def run(what: str, command: list[str], log: Path) -> None:
                 process.kill()
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
-        offline = ("Could not find a version", "Failed to establish", "NewConnectionError", "ConnectTimeout", "No matching dist")
+        offline = (
+            "Could not find a version",
+            "Failed to establish",
+            "NewConnectionError",
+            "ConnectTimeout",
+            "No matching dist",
+        )
         hint = (
             "The package index could not be reached or does not carry this package: check the network, or name a mirror "
             "with PIP_INDEX_URL."
@@ -98,7 +105,7 @@ def run(what: str, command: list[str], log: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(cache: Path):
+def locked(cache: Path) -> Iterator[None]:
     """One set-up at a time: two `make` runs started together must not build the same environment twice."""
     with (cache / "lock").open("w") as handle:
         try:
@@ -156,7 +163,11 @@ def environment(cache: Path, comfyui: Path) -> Path:
         raise SetupError(f"{sys.executable} has no venv module. On Debian: apt-get install python{version}-venv")
     run("making the environment", [sys.executable, "-m", "venv", str(target)], cache / "venv.log")
     install = [str(python), "-m", "pip", "install", "--retries", "2", "--no-input", *TORCH]
-    run("installing torch and ComfyUI's requirements", [*install, "-r", str(requirements), "-r", str(TOOLS)], cache / "install.log")
+    run(
+        "installing torch and ComfyUI's requirements",
+        [*install, "-r", str(requirements), "-r", str(TOOLS)],
+        cache / "install.log",
+    )
     done.touch()
     return python
 

@@ -1,5 +1,6 @@
 """PSLD: posterior sampling with latent diffusion (Rout et al., NeurIPS 2023, arXiv 2307.00619, Algorithm 2)."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -96,7 +97,7 @@ def sample_psld(
     extra_args = extra_args or {}
     noise = noise_sampler(x, extra_args.get("seed"))
     x = x.detach()
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         with torch.enable_grad():
             x = x.requires_grad_()
             z0 = model(x, sigma.expand(len(x)), **extra_args)
@@ -116,7 +117,12 @@ def sample_psld(
 
 
 def _weighted_gradient(
-    x: Tensor, z0: Tensor, z: Tensor, norms: tuple[Tensor, Tensor], weights: tuple[float | Tensor, float | Tensor], squared: bool
+    x: Tensor,
+    z0: Tensor,
+    z: Tensor,
+    norms: tuple[Tensor, Tensor],
+    weights: tuple[float | Tensor, float | Tensor],
+    squared: bool,
 ) -> Tensor:
     """sum_k W_k grad_x n_k (or n_k^2), where the norms n_k are functions of z, a detached copy of z0(x)."""
     terms = [norm**2 if squared else norm for norm in norms]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from analytic import GaussianMixture
+from support.analytic import GaussianMixture
 from torch import Tensor
 
 from samplers import sample_psld
