@@ -151,24 +151,24 @@ def pinned_comfyui(cache: Path) -> Path:
 
 
 def environment(cache: Path, comfyui: Path) -> Path:
+    """The virtual environment for this ComfyUI; a change of our own tools alone does not install torch again."""
     requirements = comfyui / "requirements.txt"
     version = "{}.{}".format(*sys.version_info[:2])
-    target = cache / f"env-{digest(version, *TORCH, requirements.read_text(), TOOLS.read_text())}"
-    python, done = target / "bin" / "python", target / "complete"
-    if done.is_file():
-        return python
-    check_space(cache)
-    shutil.rmtree(target, ignore_errors=True)
-    if subprocess.run([sys.executable, "-c", "import ensurepip, venv"], capture_output=True, check=False).returncode:
-        raise SetupError(f"{sys.executable} has no venv module. On Debian: apt-get install python{version}-venv")
-    run("making the environment", [sys.executable, "-m", "venv", str(target)], cache / "venv.log")
-    install = [str(python), "-m", "pip", "install", "--retries", "2", "--no-input", *TORCH]
-    run(
-        "installing torch and ComfyUI's requirements",
-        [*install, "-r", str(requirements), "-r", str(TOOLS)],
-        cache / "install.log",
-    )
-    done.touch()
+    target = cache / f"env-{digest(version, *TORCH, requirements.read_text())}"
+    python = target / "bin" / "python"
+    host_done, tools_done = target / "complete", target / f"tools-{digest(TOOLS.read_text())}"
+    install = [str(python), "-m", "pip", "install", "--retries", "2", "--no-input"]
+    if not host_done.is_file():
+        check_space(cache)
+        shutil.rmtree(target, ignore_errors=True)
+        if subprocess.run([sys.executable, "-c", "import ensurepip, venv"], capture_output=True, check=False).returncode:
+            raise SetupError(f"{sys.executable} has no venv module. On Debian: apt-get install python{version}-venv")
+        run("making the environment", [sys.executable, "-m", "venv", str(target)], cache / "venv.log")
+        run("installing torch and ComfyUI's requirements", [*install, *TORCH, "-r", str(requirements)], cache / "install.log")
+        host_done.touch()
+    if not tools_done.is_file():
+        run("installing the development tools", [*install, "-r", str(TOOLS)], cache / "tools.log")
+        tools_done.touch()
     return python
 
 
@@ -187,22 +187,31 @@ def base_directory(cache: Path) -> Path:
     return base
 
 
+def prepare() -> dict[str, Path]:
+    """Set up what is missing and return the paths: python, comfyui, base.
+
+    Raises:
+        SetupError: something the user can mend.
+    """
+    check_python()
+    cache = cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache):
+        given = os.environ.get("COMFYUI_DIR")
+        comfyui = given_comfyui(given) if given else pinned_comfyui(cache)
+        return {"python": environment(cache, comfyui), "comfyui": comfyui, "base": base_directory(cache)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("key", nargs="?", choices=("python", "comfyui", "base"), help="print this path only")
     wanted = parser.parse_args().key
     try:
-        check_python()
-        cache = cache_dir()
-        cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache):
-            given = os.environ.get("COMFYUI_DIR")
-            comfyui = given_comfyui(given) if given else pinned_comfyui(cache)
-            found = {"python": environment(cache, comfyui), "comfyui": comfyui, "base": base_directory(cache)}
+        found = prepare()
     except SetupError as error:
         say(f"ERROR: {error}")
         return 1
-    print("\n".join(str(found[key]) if wanted else f"{key}={found[key]}" for key in found if wanted in (None, key)))
+    print(found[wanted] if wanted else "\n".join(f"{key}={path}" for key, path in found.items()))
     return 0
 
 

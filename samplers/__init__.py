@@ -1,5 +1,6 @@
 """Posterior samplers as k-diffusion functions. Imports torch only; an operator is used through its public methods."""
 
+from .pixels import enforce_consistency, fill_unseen
 from .psld import sample_psld
 
-__all__ = ["sample_psld"]
+__all__ = ["enforce_consistency", "fill_unseen", "sample_psld"]

@@ -1,0 +1,33 @@
+# Two commands matter: make demo, make test. Both set everything up first (dev/setup_host.py says what and where).
+PYTHON ?= python3
+setup = $(PYTHON) dev/setup_host.py
+# Assigned when a recipe runs, so that a failed set-up stops it.
+env = ENV_PYTHON="$$($(setup) python)" && "$$ENV_PYTHON"
+
+.PHONY: demo test serve bench checkpoint python help
+
+help:
+	@echo "make demo        restore the shipped pictures through the real ComfyUI; results in output/"
+	@echo "make test        the whole suite against the real ComfyUI"
+	@echo "make serve       open ComfyUI with the pack and its templates"
+	@echo "make bench       the benchmarks; tables in benchmarks/results/"
+	@echo "make checkpoint  write the demo prior as a stock SD 1.5 checkpoint into that ComfyUI's models"
+	@echo "make -s python   print the environment's interpreter"
+
+demo:
+	@$(env) dev/demo.py
+
+test:
+	@$(env) -m ruff check . && "$$ENV_PYTHON" -m ruff format --check . && "$$ENV_PYTHON" -m pytest
+
+serve:
+	@$(env) dev/serve.py
+
+bench:
+	@$(env) benchmarks/operators.py
+
+checkpoint:
+	@$(env) dev/make_checkpoint.py "$$($(setup) base)/models/checkpoints/posterior_avatars.safetensors"
+
+python:
+	@$(setup) python

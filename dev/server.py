@@ -1,0 +1,120 @@
+"""The real ComfyUI server as a subprocess, and a client for it. Used by the demo, the tests and the benchmarks."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import websocket
+
+PACK = "comfyui-posterior"
+
+
+class PromptFailed(Exception):
+    """A prompt was refused or failed; the message names node and cause."""
+
+
+class Server:
+    """A running ComfyUI, reached over HTTP and its websocket."""
+
+    def __init__(self, port: int, log: Path) -> None:
+        self.address, self.log = f"127.0.0.1:{port}", log
+
+    def get(self, path: str, **query: str) -> bytes:
+        with urllib.request.urlopen(f"http://{self.address}{path}?{urllib.parse.urlencode(query)}", timeout=60) as answer:
+            return answer.read()
+
+    def get_json(self, path: str, **query: str) -> Any:
+        return json.loads(self.get(path, **query))
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> bytes:
+        data = json.dumps(body or {}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://{self.address}{path}", data=data, headers=headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read()
+
+    def run(self, prompt: dict[str, Any], on_message: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+        """Queue an API-format prompt, wait for its end, and return its outputs by node id.
+
+        Raises:
+            PromptFailed: refused, failed, or interrupted.
+        """
+        client = uuid.uuid4().hex
+        with contextlib.closing(websocket.create_connection(f"ws://{self.address}/ws?clientId={client}", timeout=600)) as ws:
+            try:
+                queued = json.loads(self.post("/prompt", {"prompt": prompt, "client_id": client}))
+            except urllib.error.HTTPError as error:
+                raise PromptFailed(f"the server refused the prompt: {error.read().decode()}") from error
+            while True:
+                message = ws.recv()
+                if isinstance(message, bytes):  # a preview picture
+                    continue
+                message = json.loads(message)
+                if on_message is not None:
+                    on_message(message)
+                data = message.get("data", {})
+                if data.get("prompt_id") != queued["prompt_id"]:
+                    continue
+                if message["type"] == "execution_success":
+                    break
+                if message["type"] == "execution_error":
+                    raise PromptFailed(f"{data['node_type']}: {data['exception_type']}: {data['exception_message']}")
+                if message["type"] == "execution_interrupted":
+                    raise PromptFailed(f"{data['node_type']}: interrupted")
+        return self.get_json(f"/history/{queued['prompt_id']}")[queued["prompt_id"]]["outputs"]
+
+    def picture(self, saved: dict[str, str]) -> bytes:
+        """The file behind one entry of an output's `images`."""
+        return self.get("/view", **saved)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def command(python: str, comfyui: Path, base: Path, port: int, *extra: str) -> list[str]:
+    """How ComfyUI is started: on the loopback only, with this pack and no other, and with its data in `base`."""
+    where = ["--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base)]
+    only = ["--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK, "--disable-api-nodes"]
+    return [python, str(comfyui / "main.py"), *where, *only, *extra]
+
+
+@contextlib.contextmanager
+def running(python: str, comfyui: Path, base: Path, log: Path, *extra: str, wait_s: float = 180) -> Iterator[Server]:
+    """Start ComfyUI on a free loopback port, wait until it answers, and stop it at the end."""
+    server = Server(port := free_port(), log)
+    with log.open("w") as stream:
+        arguments = command(python, comfyui, base, port, "--database-url", "sqlite:///:memory:", *extra)
+        environment = {**os.environ, "NO_COLOR": "1"}
+        process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, cwd=base, env=environment)
+        try:
+            deadline = time.monotonic() + wait_s
+            while True:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    ended = f"stopped with exit code {process.returncode}" if process.poll() is not None else "did not answer"
+                    tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+                    raise RuntimeError(f"ComfyUI {ended} within {wait_s:.0f} s. The end of {log}:\n{tail}")
+                with contextlib.suppress(OSError):
+                    server.get("/system_stats")
+                    break
+                time.sleep(0.3)
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

@@ -1,0 +1,10 @@
+"""The pack's V3 nodes, by topic. A new node is a class in its topic's file and one entry in that file's NODES."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import demo, finish, measurement, operators, samplers
+
+
+class PosteriorExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [node for topic in (operators, measurement, samplers, finish, demo) for node in topic.NODES]

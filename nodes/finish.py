@@ -1,0 +1,69 @@
+"""The last step: make the picture agree with the photo, and say by how much it did."""
+
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..operators import Measurement
+from ..samplers import enforce_consistency
+from .types import CATEGORY, MeasurementType, to_image, to_signal
+
+
+class Finish(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PosteriorFinish",
+            display_name="Finish (A x = y)",
+            category=f"{CATEGORY}/measurement",
+            description="Correct the decoded picture as little as possible so that it agrees with the photo: exactly when the photo is "
+            "noise-free (kept pixels come back bit-exact), as far as the noise allows otherwise. Shows |A x - y| before and after.",
+            search_aliases=["consistency", "data consistency", "composite", "exact pixels"],
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("image", tooltip="The decoded result."),
+                MeasurementType.Input("measurement", tooltip="The measurement it was restored from."),
+                io.Float.Input(
+                    "error",
+                    default=0.05,
+                    min=0.001,
+                    max=1.0,
+                    step=0.005,
+                    advanced=True,
+                    tooltip="With noise only: expected error of the picture before this node, on the 0 to 1 scale. Larger follows the "
+                    "noisy photo more closely.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("image", tooltip="The picture that agrees with the photo."),
+                io.Float.Output(
+                    "residual", tooltip="|A x - y| after, root mean square on the 0 to 1 scale, worst image of the batch."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image: Tensor, measurement: Measurement, error: float) -> io.NodeOutput:
+        x = to_signal("image", image)
+        expected = measurement.operator.in_shape
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(
+                f"image: is {x.shape[3]} x {x.shape[2]} but the measurement's picture is {expected[2]} x {expected[1]}; connect the "
+                "decoded result of this measurement, not resized"
+            )
+        if len(measurement.y) not in (1, len(x)):
+            raise ValueError(f"image: got a batch of {len(x)} for a measurement of {len(measurement.y)}; they must be equal")
+        measurement = measurement.to("cpu", torch.float64)
+        finished = to_image(enforce_consistency(x, measurement, 2 * error))
+        before, after = (residual(to_signal("image", v), measurement) for v in (image, finished))
+        noise = "" if measurement.sigma == 0 else f"; noise {measurement.sigma / 2:.3g}"
+        lines = [f"|A x - y| = {b:.2e} -> {a:.2e} (rms on 0..1{noise})" for b, a in zip(before, after, strict=True)]
+        return io.NodeOutput(finished, max(after), ui=ui.PreviewText("\n".join(lines)))
+
+
+def residual(x: Tensor, measurement: Measurement) -> list[float]:
+    """Root mean square of A x - y for each image, on the 0 to 1 scale."""
+    return [float(norm) / 2 / measurement.y[0].numel() ** 0.5 for norm in measurement.residual_norm(x)]
+
+
+NODES = [Finish]

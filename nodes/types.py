@@ -1,0 +1,57 @@
+"""Socket types, units, and the recipe that stands for an operator before a picture gives it a size."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..operators import LinearOperator
+from ..operators.base import Shape
+
+LinearOperatorType = io.Custom("LINEAR_OPERATOR")
+MeasurementType = io.Custom("MEASUREMENT")
+CATEGORY = "posterior"
+
+
+@dataclass(frozen=True)
+class OperatorRecipe:
+    """What travels on a LINEAR_OPERATOR link: how to make the operator once the size of a picture is known.
+
+    The user then never types a size, and the same node serves a full-size picture to degrade and a small photo to restore.
+
+    Attributes:
+        label: in plain words, for errors and read-outs.
+        bind: shape (C, H, W) of the full picture -> operator.
+        full_shape: shape of a photo that is y -> shape of the full picture.
+    """
+
+    label: str
+    bind: Callable[[Shape], LinearOperator]
+    full_shape: Callable[[Shape], Shape]
+
+
+def to_signal(name: str, image: Tensor) -> Tensor:
+    """IMAGE (B, H, W, C) in [0, 1] -> (B, 3, H, W) in [-1, 1].
+
+    In float64, where 2 x - 1 loses nothing: a kept pixel comes back bit-exact.
+    """
+    if image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            f"{name}: got shape {tuple(image.shape)}, expected a picture (batch, height, width, 1, 3 or 4 channels)"
+        )
+    if not bool(torch.isfinite(image).all()):
+        raise ValueError(f"{name}: has NaN or infinite values; the node before it went wrong")
+    if image.shape[-1] == 4:
+        raise ValueError(
+            f"{name}: has an alpha channel. Load it with Load Image, which gives picture and mask apart, or drop alpha with "
+            "Split Image with Alpha"
+        )
+    image = image.expand(*image.shape[:-1], 3) if image.shape[-1] == 1 else image
+    return image.movedim(-1, 1).double() * 2 - 1
+
+
+def to_image(signal: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> IMAGE (B, H, W, 3), float32; not clamped."""
+    return ((signal + 1) / 2).movedim(1, -1).float()
