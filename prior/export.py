@@ -46,8 +46,8 @@ def comfy_vae_state(autoencoder_state: State) -> State:
         stock = {"encoder": Encoder(STOCK_WIDTHS, STOCK_BLOCKS), "decoder": Decoder(STOCK_WIDTHS, STOCK_BLOCKS)}
     state = {"vae_scale": torch.tensor(LATENT_SCALE), "vae_shift": torch.tensor(0.0)}
     for name, network in stock.items():
-        for key, shape in ((key, value.shape) for key, value in network.state_dict().items()):
-            padded = torch.zeros(shape)
+        for key, value in network.state_dict().items():
+            padded = torch.zeros(value.shape)
             if (slim := autoencoder_state.get(f"{name}.{key}")) is not None:
                 padded[tuple(slice(n) for n in slim.shape)] = slim
             state[f"taesd_{name}.{key}"] = padded
@@ -55,13 +55,13 @@ def comfy_vae_state(autoencoder_state: State) -> State:
 
 
 def widen(unet_state: State, factor: int) -> State:
-    """The same UNet with `factor` times the channels: every channel is repeated, and read by the next layer once.
+    """The same UNet with `factor` times the channels: each is repeated in place, and the next layer reads the first of its repeats.
 
-    Repeats change no mean and no variance, so norms stay as they are, and groups and heads keep their members. The columns
-    that read a repeat are 0; no weight is divided, so float16 weights stay exact, except the queries: a head's inner products
-    sum only what the slim ones do but are divided by sqrt(factor) more.
+    Repeats change no mean and no variance, so norms stay as they are, and groups and heads keep their members. The weights that
+    read the other repeats are 0; none is divided, so float16 weights stay exact, except the queries: the inner products of
+    attention grow by `factor` and are divided by sqrt(factor) more.
 
-    The widened sinusoids hold the slim ones at every `factor`-th place, so that `time_embed` follows the same rule.
+    The wide sinusoids hold the slim ones at every `factor`-th place, so that `time_embed` follows the same rule.
     """
     state = {}
     for key, weight in unet_state.items():
@@ -72,8 +72,7 @@ def widen(unet_state: State, factor: int) -> State:
             weight = narrow.new_zeros(len(narrow), factor * narrow.shape[1], *narrow.shape[2:])
             weight[:, ::factor] = narrow
         if key.endswith(".attn1.to_q.weight"):
-            weight[torch.arange(len(weight)) % factor > 0] = 0
-            weight *= factor**0.5
+            weight *= factor**-0.5
         state[key] = weight
     return state
 

@@ -286,6 +286,7 @@ def load(path: str | Path = WEIGHTS) -> tuple[UNet, Autoencoder]:
     # Built without memory and then given the file's tensors: nothing is initialised, and torch's random state stays as it is.
     with torch.device("meta"):
         unet, autoencoder = UNet(), Autoencoder()
-    unet.load_state_dict({key[5:]: state.pop(key) for key in list(state) if key.startswith("unet.")}, assign=True)
+    unet_keys = [key for key in state if key.startswith("unet.")]
+    unet.load_state_dict({key.removeprefix("unet."): state.pop(key) for key in unet_keys}, assign=True)
     autoencoder.load_state_dict(state, assign=True)
     return unet.eval().requires_grad_(False), autoencoder.eval().requires_grad_(False)

@@ -75,7 +75,7 @@ def write_checkpoint(
     """Write a checkpoint that CheckpointLoaderSimple loads.
 
     Args:
-        vae: random TAESD weights (2.4 M), the exact box codec, a random KL autoencoder (38 M: ComfyUI fixes the width of its
+        vae: random TAESD weights (2.4 M), the exact box codec, a random KL autoencoder (37 M: ComfyUI fixes the width of its
             encoder), or none.
         clip: with SD 1.5's text encoder (123 M, of fixed size); sd15 only. Without one, use `conditioning`.
         zero_out: zero the last layer.
