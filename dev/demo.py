@@ -10,7 +10,6 @@ import re
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,7 +147,9 @@ def main() -> int:
             mean = sum(gains) / len(gains)
             means.append(f"{task.title}: {mean:+.2f} dB over {task.baseline_name} on average")
             if mean < task.target_db:
-                faults.append(f"{task.title}: {mean:+.2f} dB over {task.baseline_name}, expected at least {task.target_db:+.1f}")
+                faults.append(
+                    f"{task.title}: {mean:+.2f} dB over {task.baseline_name}, expected at least {task.target_db:+.1f}"
+                )
     header = "| task | picture | baseline dB | result dB | gain dB | rms of A x - y | kept pixels changed | s / picture |"
     table = "\n".join([header, "|" + "---|" * 8, *rows, "", *(f"* {line}" for line in means)])
     (OUTPUT / "report.md").write_text(f"# Demo\n\nPSNR against the truth.\n\n{table}\n")

@@ -58,7 +58,12 @@ def restoration(operator: list[Node], hole: list[Node], steps: int, omega: float
             "Guider",
             2,
             0,
-            {"model": ("Load Demo Prior", 0), "positive": ("Positive Prompt", 0), "negative": ("Negative Prompt", 0), "cfg": 1.0},
+            {
+                "model": ("Load Demo Prior", 0),
+                "positive": ("Positive Prompt", 0),
+                "negative": ("Negative Prompt", 0),
+                "cfg": 1.0,
+            },
         ),
         Node("RandomNoise", "Noise", 2, 4, {"noise_seed": 0}, 2),
         Node(

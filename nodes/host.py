@@ -144,8 +144,8 @@ class State:
 
     flow: bool
 
-    # At s = 1 the k-state is infinite. The model tells s = 1 from this one by less than a thousandth of its noise level.
-    LAST_S = 1 - 1e-4
+    # At s = 1 the k-state is infinite; this is near enough for a network's sinusoids of 1000 s, and far enough for float32.
+    LAST_S = 1 - 1e-6
 
     def sigmas_to_k(self, sigmas: Tensor) -> Tensor:
         if not self.flow:

@@ -22,7 +22,7 @@ def fill_unseen(measurement: Any) -> Tensor:
     seen = operator.project(torch.ones_like(x))
     weight = (seen * seen).sum((2, 3), keepdim=True)
     mean = (x * seen).sum((2, 3), keepdim=True) / torch.where(weight > 0, weight, 1.0)
-    return x + mean - mean * seen
+    return x + (mean - operator.project(mean.expand_as(x)))
 
 
 def enforce_consistency(x: Tensor, measurement: Any, error: float, sweeps: int = 20) -> Tensor:

@@ -1,0 +1,346 @@
+"""nodes/host.py, function by function, in the real ComfyUI."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.host_runs import Host, Probe
+from support.tiny_checkpoints import conditioning
+from torch import Tensor
+
+ARCHS = ["sd15", "sd21v", "sd3"]
+
+
+@pytest.fixture(scope="module")
+def hosts(pack: ModuleType, tiny: Callable[..., Path], load: Callable) -> Callable[[str], Host]:
+    import comfyui_posterior.nodes
+    import comfyui_posterior.samplers  # noqa: F401 - submodules of the pack
+
+    made: dict[str, Host] = {}
+
+    def get(arch: str) -> Host:
+        if arch not in made:
+            model, _, vae = load(tiny(arch))
+            made[arch] = Host(pack, arch, model, vae)
+        return made[arch]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def host(hosts: Callable[[str], Host]) -> ModuleType:
+    return hosts("sd15").pack.nodes.host
+
+
+def stand_still(model: Any, x: Tensor, sigmas: Tensor, **_: Any) -> Tensor:
+    return x
+
+
+# Leaving inference mode -------------------------------------------------------------------------------------------------
+
+
+def test_weights_become_normal_without_a_copy(host: ModuleType, tiny: Callable[..., Path], load: Callable) -> None:
+    model, _, vae = load(tiny("sd15"))
+    for network in (model.model, vae.first_stage_model):
+        before = {name: (p.data_ptr(), p.sum().item()) for name, p in network.named_parameters()}
+        buffers = {name: b.data_ptr() for name, b in network.named_buffers()}
+        with torch.inference_mode(False):
+            assert host.normal_weights(network) == len(before) + len(buffers)
+            assert host.normal_weights(network) == 0
+        after = dict(network.named_parameters())
+        assert {name: (p.data_ptr(), p.sum().item()) for name, p in after.items()} == before
+        assert {name: b.data_ptr() for name, b in network.named_buffers()} == buffers
+        assert not any(p.is_inference() or p.requires_grad for p in after.values())
+
+
+def test_quantised_weights_are_refused(host: ModuleType) -> None:
+    from comfy.quant_ops import QuantizedTensor
+
+    layer = torch.nn.Linear(32, 32)
+    weight = QuantizedTensor.from_float(torch.randn(32, 32), "TensorCoreFP8E4M3Layout")
+    layer._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
+    with torch.inference_mode(False), pytest.raises(host.Refusal, match=r"quantised .* at weight"):
+        host.normal_weights(layer)
+
+
+def test_normal_tensors_rebuilds_conditionings(host: ModuleType) -> None:
+    import comfy.conds
+
+    with torch.inference_mode():
+        tensor = torch.ones(2)
+        tree = {"a": [tensor, (tensor, 1)], "c": comfy.conds.CONDRegular(tensor), "s": "text"}
+    with torch.inference_mode(False):
+        clean = host.normal_tensors(tree)
+    assert not any(t.is_inference() for t in (clean["a"][0], clean["a"][1][0], clean["c"].cond))
+    assert clean["s"] == "text"
+    assert tensor.is_inference()
+    assert tree["a"][0] is tensor  # the original, which other nodes hold, is as it was
+
+
+def test_training_switch_is_put_back(host: ModuleType) -> None:
+    import comfy.model_management as mm
+
+    with torch.inference_mode(), host.gradients():
+        assert mm.in_training
+        assert torch.ones(1, requires_grad=True).mul(2).requires_grad
+    assert not mm.in_training
+
+
+def test_options_are_a_copy(host: ModuleType) -> None:
+    options = {"transformer_options": {"patches": {"input_block_patch_after_skip": ["theirs"]}}}
+    ours = host.differentiable_options(options, has_control=True)
+    assert "optimized_attention_override" in ours["transformer_options"]
+    assert ours["transformer_options"]["patches"]["input_block_patch_after_skip"][1:] == ["theirs"]
+    assert options == {"transformer_options": {"patches": {"input_block_patch_after_skip": ["theirs"]}}}
+
+
+# The state --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_guidance_is_stock_ddim(arch: str, hosts: Callable[[str], Host]) -> None:
+    """With both weights 0 PSLD is DDIM in the k-state, which is the stock euler sampler in every family's own state."""
+    import comfy.samplers
+
+    h = hosts(arch)
+    ours = h.sample(h.sampler(h.pack.samplers.sample_psld, omega=0.0, gamma=0.0), steps=4)
+    stock = h.sample(comfy.samplers.sampler_object("euler"), steps=4)
+    # Another attention kernel, and for sd3 a start at s = 1 - 1e-6: not bit-equal, but the same trajectory.
+    torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-3)
+
+
+def test_flow_state_round_trip(host: ModuleType) -> None:
+    state, s = host.State(flow=True), torch.tensor([0.9, 0.5, 0.01, 0.0])
+    sigma = state.sigmas_to_k(s)
+    torch.testing.assert_close(sigma, s / (1 - s))
+    torch.testing.assert_close(state.sigma_from_k(sigma), s)
+    x0, eps = torch.randn(4, 1, 2, 2), torch.randn(4, 1, 2, 2)
+    wide = (-1, 1, 1, 1)
+    x_s = (1 - s.reshape(wide)) * x0 + s.reshape(wide) * eps
+    x = state.to_k(x_s, sigma.reshape(wide))
+    torch.testing.assert_close(x, x0 + sigma.reshape(wide) * eps)
+    torch.testing.assert_close(state.from_k(x, sigma.reshape(wide)), x_s)
+    assert state.sigmas_to_k(torch.tensor([1.0])).isfinite()
+
+
+def test_unknown_parametrisations_are_refused_by_name(host: ModuleType) -> None:
+    import comfy.model_base
+    from comfy.model_base import ModelType
+
+    config = SimpleNamespace(sampling_settings={})
+    known = {ModelType.EPS: False, ModelType.V_PREDICTION: False, ModelType.EDM: False, ModelType.FLOW: True}
+    for kind, flow in known.items():
+        assert host.state_of(comfy.model_base.model_sampling(config, kind)).flow is flow
+    for kind in (ModelType.IMG_TO_IMG, ModelType.FLOW_COSMOS, ModelType.IMG_TO_IMG_FLOW, ModelType.V_PREDICTION_DDPM):
+        sampling = comfy.model_base.model_sampling(config, kind)
+        with pytest.raises(host.Refusal, match=r"parametrisation .*(IMG_TO_IMG|COSMOS|DDPM)"):
+            host.state_of(sampling)
+
+
+# Refusals ---------------------------------------------------------------------------------------------------------------
+
+
+def test_different_hooks_are_refused(hosts: Callable[[str], Host], host: ModuleType) -> None:
+    import comfy.hooks
+
+    h = hosts("sd15")
+    group = comfy.hooks.create_hook_lora(lora={}, strength_model=1.0, strength_clip=1.0)
+    hooked = [[c, {**d, "hooks": group}] for c, d in conditioning("sd15", 1)]
+    with pytest.raises(host.Refusal, match="different hooks"):
+        h.sample(h.sampler(stand_still), guider=h.guider(positive=hooked))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"multigpu_clones": {"a": 1, "b": 2}}, "several GPUs"), ({"context_handler": object()}, "context windows")],
+)
+def test_model_options_without_a_gradient_are_refused(options: dict, message: str, host: ModuleType) -> None:
+    guider = SimpleNamespace(conds={"positive": [{}]})
+    with pytest.raises(host.Refusal, match=message):
+        host.refuse_unsupported(guider, torch.zeros(1, 4, 8, 8), options)
+
+
+def test_video_latent_is_refused(hosts: Callable[[str], Host], host: ModuleType) -> None:
+    guider = SimpleNamespace(conds={})
+    with pytest.raises(host.Refusal, match="5 dimensions"):
+        host.refuse_unsupported(guider, torch.zeros(1, 4, 2, 8, 8), {})
+
+
+def test_vae_refusals(hosts: Callable[[str], Host], host: ModuleType, tiny: Callable[..., Path], load: Callable) -> None:
+    import comfy.sd
+
+    h, other = hosts("sd15"), hosts("sd3")
+    assert host.latent_size(h.vae, (3, 64, 128)) == (4, 8, 16)
+    with pytest.raises(host.Refusal, match=r"130 x 97 .* multiples of 8"):
+        host.latent_size(h.vae, (3, 97, 130))
+    with pytest.raises(host.Refusal, match="no VAE in it"):
+        host.check_vae(load(tiny("sd15", vae=None))[2])
+    with pytest.raises(host.Refusal, match="16 channels, the model's have 4"):
+        host.check_vae(other.vae, h.model.model.latent_format)
+    with torch.inference_mode():
+        video = comfy.sd.VAE(sd={"decoder.22.bias": torch.zeros(3), "decoder.1.weight": torch.zeros(256, 16, 3, 3)})
+    with pytest.raises(host.Refusal, match="video or audio"):
+        host.check_vae(video)
+
+
+def test_sizes_are_checked_before_the_first_step(hosts: Callable[[str], Host], host: ModuleType) -> None:
+    h = hosts("sd15")
+    with pytest.raises(host.Refusal, match=r"latent_image: got \(4, 16, 8\).*\(4, 8, 8\)"):
+        h.sample(h.sampler(stand_still), latent=torch.zeros(1, 4, 16, 8))
+    sampler = host.stock_sampler(stand_still, h.measurement(batch=2), h.vae)
+    with pytest.raises(host.Refusal, match="batch of 3 for a measurement of 2"):
+        h.sample(sampler, latent=h.latent(3))
+    with pytest.raises(host.Refusal, match="no VAE is connected"):
+        h.sample(host.stock_sampler(stand_still, h.measurement(), None))
+
+
+def test_model_that_loses_the_gradient_is_refused(hosts: Callable[[str], Host], host: ModuleType) -> None:
+    h = hosts("sd15")
+    with torch.inference_mode():
+        model = h.model.clone()
+        model.set_model_unet_function_wrapper(
+            lambda apply, given: apply(given["input"].detach(), given["timestep"], **given["c"])
+        )
+        model.set_model_sampler_post_cfg_function(lambda given: given["denoised"].detach())
+    probe = Probe(lambda model, x, **_: model(x.requires_grad_()))
+    with pytest.raises(host.Refusal, match="no gradient"):
+        h.sample(h.sampler(probe), guider=Host(h.pack, "sd15", model, h.vae).guider())
+
+
+def test_nan_from_the_model_names_the_noise_level(hosts: Callable[[str], Host]) -> None:
+    h = hosts("sd15")
+    with torch.inference_mode():
+        model = h.model.clone()
+        model.set_model_sampler_post_cfg_function(lambda given: given["denoised"] * float("nan"))
+    probe = Probe(lambda model, x, **_: model(x))
+    with pytest.raises(RuntimeError, match="NaN or infinite values at sigma 2"):
+        h.sample(h.sampler(probe), guider=Host(h.pack, "sd15", model, h.vae).guider(), sigmas=torch.tensor([2.0, 1.0]))
+
+
+# Models in memory -------------------------------------------------------------------------------------------------------
+
+
+def test_paged_models_are_swapped_for_a_twin(hosts: Callable[[str], Host], tiny: Callable[..., Path], load: Callable) -> None:
+    """A CPU never pages, so the patcher only says that it does; the twin is ComfyUI's real reload from the file."""
+    import comfy.model_patcher
+
+    class Paged(comfy.model_patcher.ModelPatcher):
+        def is_dynamic(self) -> bool:
+            return True
+
+        def get_non_dynamic_delegate(self) -> comfy.model_patcher.ModelPatcher:
+            twin = comfy.model_patcher.ModelPatcher.clone(self, force_deepcopy=True)
+            twin.__class__ = comfy.model_patcher.ModelPatcher
+            return twin
+
+    reference = hosts("sd15")
+    model, _, vae = load(tiny("sd15"))
+    h = Host(reference.pack, "sd15", model, vae)
+    solve = h.pack.samplers.sample_psld
+    expected = h.sample(h.sampler(solve), steps=2)
+
+    model.__class__ = Paged
+    seen = []
+
+    def look(model: Any, x: Tensor, sigmas: Tensor, **given: Any) -> Tensor:
+        seen.append(guider.model_patcher)
+        return solve(model, x, sigmas, **given)
+
+    guider = h.guider()
+    with torch.inference_mode():
+        result = h.sample(h.sampler(look), guider=guider, steps=2)
+    assert seen[0] is not model
+    assert not seen[0].is_dynamic()
+    assert guider.model_patcher is model
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_loader_that_cannot_reload_is_named(host: ModuleType) -> None:
+    class Paged:
+        def is_dynamic(self) -> bool:
+            return True
+
+        def get_non_dynamic_delegate(self) -> None:
+            raise RuntimeError("cached_patcher_init is not initialized.")
+
+    with pytest.raises(host.Refusal, match=r"the VAE is under dynamic VRAM.*--disable-dynamic-vram"):
+        host.static_patcher(Paged(), "VAE")
+
+
+def test_memory_asked_for_covers_the_backward_pass(hosts: Callable[[str], Host], host: ModuleType) -> None:
+    h = hosts("sd15")
+    x = torch.zeros(1, 4, 64, 64)
+    asked = host.backward_memory(h.model.model, h.vae, x, (1, 3, 512, 512))
+    decode = h.vae.memory_used_decode((1, 4, 64, 64), h.vae.vae_dtype)
+    encode = h.vae.memory_used_encode((1, 3, 512, 512), h.vae.vae_dtype)
+    unet = h.model.model.memory_required([2, 4, 64, 64])
+    assert asked == max(3 * decode + 2 * encode, 10 * unet)
+    assert host.backward_memory(h.model.model, None, x, (1, 3, 512, 512)) == 10 * unet
+
+
+def test_nothing_of_the_model_changes(hosts: Callable[[str], Host]) -> None:
+    """Weights, attributes of patched modules, and a stock picture are bit-identical after a run of ours."""
+    import comfy.samplers
+
+    h = hosts("sd15")
+    euler = comfy.samplers.sampler_object("euler")
+    before = h.sample(euler)
+    weights = {name: p.detach().clone() for name, p in h.model.model.named_parameters()}
+    options = repr(h.model.model_options)
+    h.sample(h.sampler(h.pack.samplers.sample_psld), steps=2)
+    assert repr(h.model.model_options) == options
+    assert all(torch.equal(p, weights[name]) for name, p in h.model.model.named_parameters())
+    assert torch.equal(h.sample(euler), before)
+
+
+def test_latent_that_comes_back_is_detached(hosts: Callable[[str], Host]) -> None:
+    h = hosts("sd15")
+    result = h.sample(h.sampler(h.pack.samplers.sample_psld), steps=2)
+    assert not result.requires_grad
+    assert result.isfinite().all()
+
+
+def test_interrupt_stops_within_a_step(hosts: Callable[[str], Host]) -> None:
+    import comfy.model_management as mm
+
+    h, steps = hosts("sd15"), []
+
+    def callback(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
+        steps.append((step, total))
+        assert not denoised.requires_grad
+        if step == 1:
+            mm.interrupt_current_processing()
+
+    with pytest.raises(mm.InterruptProcessingException):
+        h.sample(h.sampler(h.pack.samplers.sample_psld), steps=5, callback=callback)
+    assert steps == [(0, 5), (1, 5)]
+    assert h.sample(h.sampler(h.pack.samplers.sample_psld), steps=2).isfinite().all()  # and the next run is fine
+
+
+# PSLD through the host --------------------------------------------------------------------------------------------------
+
+
+def test_lands_on_the_photo_where_the_photo_fixes_everything(
+    pack: ModuleType, tiny: Callable[..., Path], load: Callable
+) -> None:
+    """v = 0 is the exact denoiser of N(0, I), the box codec is linear, and A sees all that it can show: x must be y."""
+    import comfyui_posterior.nodes
+    import comfyui_posterior.samplers  # noqa: F401
+
+    model, _, vae = load(tiny("sd21v", zero_out=True, vae="box"))
+    h = Host(pack, "sd21v", model, vae)
+    operator = pack.operators.AreaDownscale((3, 64, 64), 8)
+    target = torch.tensor([0.5, -0.5, 0.1]).reshape(1, 3, 1, 1).expand(1, 3, 8, 8).contiguous()
+    measurement = pack.operators.Measurement(target, operator)
+    errors = []
+    for omega in (0.0, 0.3):
+        sampler = h.pack.nodes.host.stock_sampler(pack.samplers.sample_psld, measurement, vae, omega=omega, gamma=0.1)
+        latent = h.sample(sampler, steps=100, guider=h.guider(cfg=1.0))
+        with torch.inference_mode():
+            image = vae.decode(latent).movedim(-1, 1).double() * 2 - 1
+            errors.append(float(measurement.to(torch.float64).residual_norm(image)) / target.numel() ** 0.5)
+    assert errors[0] > 0.3  # without guidance it is a draw from the prior
+    assert errors[1] < 0.03

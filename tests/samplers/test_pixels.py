@@ -1,0 +1,73 @@
+"""Filling what was not seen, and making a picture agree with the measurement."""
+
+import torch
+
+from operators import AreaDownscale, Identity, Mask, Measurement
+from samplers import enforce_consistency, fill_unseen
+
+
+def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_mask_holes_get_the_mean_of_the_kept_pixels() -> None:
+    keep = uniform(2, 1, 7, 5) < 0
+    y = Mask(keep).A(uniform(2, 3, 7, 5, seed=1))
+    filled = fill_unseen(Measurement(y, Mask(keep)))
+    wide = keep.expand_as(y)
+    assert torch.equal(filled[wide], y[wide])
+    for image in range(2):
+        for channel in range(3):
+            kept = y[image, channel][keep[image, 0]]
+            hole = filled[image, channel][~keep[image, 0]]
+            torch.testing.assert_close(hole, kept.mean().expand_as(hole))
+
+
+def test_channel_that_was_never_seen_is_filled_with_grey() -> None:
+    keep = torch.ones(1, 3, 4, 4)
+    keep[:, 2] = 0
+    filled = fill_unseen(Measurement(Mask(keep).A(uniform(1, 3, 4, 4)), Mask(keep)))
+    assert torch.equal(filled[:, 2], torch.zeros(1, 4, 4, dtype=torch.float64))
+
+
+def test_downscaling_is_repeated_pixels() -> None:
+    operator = AreaDownscale((3, 9, 7), 4)
+    y = uniform(1, *operator.out_shape)
+    torch.testing.assert_close(fill_unseen(Measurement(y, operator)), operator.A_dagger(y))
+
+
+def test_noise_free_is_exact_and_nearest() -> None:
+    for operator in (AreaDownscale((3, 9, 7), 4), Mask(uniform(1, 1, 9, 7) < 0)):
+        x, y = 0.3 * uniform(1, 3, 9, 7, seed=1), operator.A(0.3 * uniform(1, 3, 9, 7, seed=2))
+        out = enforce_consistency(x, Measurement(y, operator), error=0.1)
+        torch.testing.assert_close(operator.A(out), y, rtol=0, atol=1e-12)
+        # Nearest: the change is orthogonal to everything A does not see.
+        change = out - x
+        torch.testing.assert_close(operator.project(change), change, rtol=0, atol=1e-12)
+
+
+def test_kept_float32_pixels_come_back_bit_exact() -> None:
+    photo = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3)) * 0.3  # small values are the hard ones
+    keep = uniform(1, 1, 64, 64) < 0.2
+    operator = Mask(keep)
+    y = operator.A(photo.double() * 2 - 1)
+    out = enforce_consistency(uniform(1, 3, 64, 64, seed=2), Measurement(y, operator), error=0.1)
+    assert torch.equal(((out + 1) / 2).float()[keep.expand_as(out)], photo[keep.expand_as(out)])
+
+
+def test_range_is_kept_where_it_can_be() -> None:
+    """Blocks near white: the plain projection overshoots 1 by far, alternating projections hardly."""
+    operator = AreaDownscale((1, 16, 16), 4)
+    truth = uniform(1, 1, 16, 16).abs().clamp(max=0.99)
+    x, y = uniform(1, 1, 16, 16, seed=4), operator.A(truth)
+    plain = x + operator.A_dagger(y - operator.A(x))
+    out = enforce_consistency(x, Measurement(y, operator), error=0.1)
+    torch.testing.assert_close(operator.A(out), y, rtol=0, atol=1e-12)
+    assert float(plain.abs().max()) > 1.3
+    assert float(out.abs().max()) < 1.01
+
+
+def test_noisy_is_the_posterior_mean() -> None:
+    x, y = uniform(1, 3, 4, 4), uniform(1, 3, 4, 4, seed=1)
+    out = enforce_consistency(x, Measurement(y, Identity((3, 4, 4)), sigma=0.2), error=0.1)
+    torch.testing.assert_close(out, (x / 0.1**2 + y / 0.2**2) / (1 / 0.1**2 + 1 / 0.2**2))
