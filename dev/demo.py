@@ -18,7 +18,6 @@ from server import PromptFailed, Server, running
 from setup_host import ROOT, SetupError, prepare
 
 OUTPUT = ROOT / "output" / "demo"
-LABELS = ("truth", "measurement", "baseline", "result")
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,18 @@ def strip(images: list[Image.Image], captions: list[str]) -> Image.Image:
     return sheet
 
 
+def grid(strips: list[list[Image.Image]]) -> Image.Image:
+    """The strips of each task below one another, tasks side by side, at half size."""
+    gap = 8
+    half = [[s.resize((s.width // 2, s.height // 2), Image.Resampling.LANCZOS) for s in column] for column in strips]
+    width, height = half[0][0].size
+    sheet = Image.new("RGB", (len(half) * (width + gap) - gap, len(half[0]) * (height + gap) - gap), "white")
+    for i, column in enumerate(half):
+        for j, picture in enumerate(column):
+            sheet.paste(picture, (i * (width + gap), j * (height + gap)))
+    return sheet
+
+
 class Progress:
     """One line on the terminal that follows the sampler's steps."""
 
@@ -92,8 +103,17 @@ class Progress:
             print(f"\r{line}  " if terminal else line, end="" if terminal and value < total else "\n", flush=True)
 
 
-def run_task(server: Server, task: Task) -> tuple[list[str], list[float], list[str]]:
-    """Run one workflow; return table rows, the gain over the baseline for each picture, and what went wrong."""
+@dataclass(frozen=True)
+class Outcome:
+    """What one workflow gave: table rows, gains over the baseline in dB, what went wrong, and the strips."""
+
+    rows: list[str]
+    gains: list[float]
+    faults: list[str]
+    strips: list[Image.Image]
+
+
+def run_task(server: Server, task: Task) -> Outcome:
     prompt = json.loads((ROOT / "workflows" / "api" / f"{task.workflow}.json").read_text())
     start = time.monotonic()
     outputs = server.run(prompt, Progress(task.title))
@@ -104,7 +124,7 @@ def run_task(server: Server, task: Task) -> tuple[list[str], list[float], list[s
     text = outputs[node_titled(prompt, "Finish")]["text"][0]
     residuals = [float(value) for value in re.findall(r"-> (\S+)", text)]
     hole = np.asarray(holes[0])[..., 0] > 127 if holes else None
-    rows, gains, faults = [], [], []
+    rows, gains, faults, strips = [], [], [], []
     for i, (truth, y, result) in enumerate(zip(truths, measured, results, strict=True)):
         base = baseline(y, hole, truth.size)
         before, after = psnr(base, truth), psnr(result, truth)
@@ -120,10 +140,11 @@ def run_task(server: Server, task: Task) -> tuple[list[str], list[float], list[s
             faults.append(f"{task.title}, picture {i + 1}: {changed} kept pixels changed, expected none")
         shown = [truth, y.resize(truth.size, Image.Resampling.NEAREST), base, result]
         captions = ["truth", "measurement", f"{task.baseline_name} {before:.1f} dB", f"result {after:.1f} dB"]
-        strip(shown, captions).save(OUTPUT / f"{task.workflow}_{i + 1}.png")
+        strips.append(strip(shown, captions))
+        strips[-1].save(OUTPUT / f"{task.workflow}_{i + 1}.png")
     if len(truths) != 4:
         faults.append(f"{task.title}: {len(truths)} pictures, expected 4")
-    return rows, gains, faults
+    return Outcome(rows, gains, faults, strips)
 
 
 def main() -> int:
@@ -134,17 +155,18 @@ def main() -> int:
         return 1
     OUTPUT.mkdir(parents=True, exist_ok=True)
     print("starting ComfyUI ...", flush=True)
-    rows, means, faults = [], [], []
+    rows, means, faults, strips = [], [], [], []
     with running(sys.executable, paths["comfyui"], paths["base"], OUTPUT / "comfyui.log", "--cpu") as server:
         for task in TASKS:
             try:
-                task_rows, gains, task_faults = run_task(server, task)
+                outcome = run_task(server, task)
             except PromptFailed as error:
                 print(f"ERROR: {task.workflow}: {error}\nThe server's log: {server.log}", file=sys.stderr)
                 return 1
-            rows += task_rows
-            faults += task_faults
-            mean = sum(gains) / len(gains)
+            rows += outcome.rows
+            faults += outcome.faults
+            strips.append(outcome.strips)
+            mean = sum(outcome.gains) / len(outcome.gains)
             means.append(f"{task.title}: {mean:+.2f} dB over {task.baseline_name} on average")
             if mean < task.target_db:
                 faults.append(
@@ -152,6 +174,7 @@ def main() -> int:
                 )
     header = "| task | picture | baseline dB | result dB | gain dB | rms of A x - y | kept pixels changed | s / picture |"
     table = "\n".join([header, "|" + "---|" * 8, *rows, "", *(f"* {line}" for line in means)])
+    grid(strips).save(OUTPUT / "grid.png")
     (OUTPUT / "report.md").write_text(f"# Demo\n\nPSNR against the truth.\n\n{table}\n")
     print(f"\n{table}\n\nPictures and this table: {OUTPUT}")
     for fault in faults:
