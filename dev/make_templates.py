@@ -10,24 +10,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from setup_host import ROOT
-
+ROOT = Path(__file__).resolve().parent.parent
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+# Pixels. GAP holds the title bar of the lower node and, above it, the badge with the name of its pack.
+COLUMN, WIDTH, GAP, PICTURE = 280, 236, 62, 250
+# What the front end needs for a slot and a widget, and at most for a text field.
+SLOT, WIDGET, TEXT = 20, 24, 90
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node: its class, title, inputs (a value, or ("title of another node", output index)), and place.
+    """One node: its class, title, column, and inputs (a value, or ("title of another node", output index)).
 
-    `column` and `row` are in grid cells of 320 x 40 pixels; `height` in rows.
+    Nodes of a column are stacked in the order of the description; links run to a column further right. `extra` pixels of
+    height are for what a node shows when it has run.
     """
 
     type: str
     title: str
-    column: float
-    row: float
+    column: int
     inputs: dict[str, Any] = field(default_factory=dict)
-    height: float = 3
+    extra: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,129 +42,81 @@ class Template:
 
 def restoration(operator: list[Node], hole: list[Node], steps: int, omega: float, gamma: float) -> list[Node]:
     """The graph every PSLD template shares; `operator` holds a node titled Operator, `hole` what shows the mask."""
+    model, clip, vae = (("Load Demo Prior", i) for i in range(3))
+    measurement, degraded = (("Measure (simulate)", i) for i in range(2))
+    truth = ("Demo Pictures", 0)
+    measure = {"image": truth, "operator": ("Operator", 0), "sigma": 0.0, "seed": 0}
+    guider = {"model": model, "positive": ("Positive Prompt", 0), "negative": ("Negative Prompt", 0), "cfg": 1.0}
+    scheduler = {"model": model, "scheduler": "ddim_uniform", "steps": steps, "denoise": 1.0}
+    psld = {"measurement": measurement, "vae": vae, "omega": omega, "gamma": gamma, "eta": 0.0, "glue": "pinv"}
+    sample = {
+        "noise": ("Noise", 0),
+        "guider": ("Guider", 0),
+        "sampler": ("PSLD Sampler", 0),
+        "sigmas": ("Scheduler", 0),
+        "latent_image": ("Start Latent", 0),
+    }
     return [
-        Node("PosteriorLoadDemoPrior", "Load Demo Prior", 0, 0),
-        Node("PosteriorDemoPictures", "Demo Pictures", 0, 4, {"first": 0, "count": 4}),
+        Node("PosteriorLoadDemoPrior", "Load Demo Prior", 0),
+        Node("PosteriorDemoPictures", "Demo Pictures", 0, {"first": 0, "count": 4}),
         *operator,
-        Node("CLIPTextEncode", "Positive Prompt", 1, 0, {"clip": ("Load Demo Prior", 1), "text": ""}, 3),
-        Node("CLIPTextEncode", "Negative Prompt", 1, 4, {"clip": ("Load Demo Prior", 1), "text": ""}, 3),
-        Node(
-            "PosteriorMeasureSimulate",
-            "Measure (simulate)",
-            1,
-            8,
-            {"image": ("Demo Pictures", 0), "operator": ("Operator", 0), "sigma": 0.0, "seed": 0},
-            4,
-        ),
-        Node(
-            "CFGGuider",
-            "Guider",
-            2,
-            0,
-            {
-                "model": ("Load Demo Prior", 0),
-                "positive": ("Positive Prompt", 0),
-                "negative": ("Negative Prompt", 0),
-                "cfg": 1.0,
-            },
-        ),
-        Node("RandomNoise", "Noise", 2, 4, {"noise_seed": 0}, 2),
-        Node(
-            "BasicScheduler",
-            "Scheduler",
-            2,
-            7,
-            {"model": ("Load Demo Prior", 0), "scheduler": "ddim_uniform", "steps": steps, "denoise": 1.0},
-        ),
-        Node(
-            "PosteriorSamplerPSLD",
-            "PSLD Sampler",
-            2,
-            11,
-            {
-                "measurement": ("Measure (simulate)", 0),
-                "vae": ("Load Demo Prior", 2),
-                "omega": omega,
-                "gamma": gamma,
-                "eta": 0.0,
-                "glue": "pinv",
-            },
-            5,
-        ),
-        Node(
-            "PosteriorStartLatent",
-            "Start Latent",
-            2,
-            17,
-            {"measurement": ("Measure (simulate)", 0), "vae": ("Load Demo Prior", 2), "start": "noise"},
-        ),
-        Node(
-            "SamplerCustomAdvanced",
-            "Sample",
-            3,
-            0,
-            {
-                "noise": ("Noise", 0),
-                "guider": ("Guider", 0),
-                "sampler": ("PSLD Sampler", 0),
-                "sigmas": ("Scheduler", 0),
-                "latent_image": ("Start Latent", 0),
-            },
-            4,
-        ),
-        Node("VAEDecode", "Decode", 3, 5, {"samples": ("Sample", 0), "vae": ("Load Demo Prior", 2)}, 2),
-        Node(
-            "PosteriorFinish",
-            "Finish",
-            3,
-            8,
-            {"image": ("Decode", 0), "measurement": ("Measure (simulate)", 0), "error": 0.05},
-            4,
-        ),
-        Node("SaveImage", "Result", 4, 0, {"images": ("Finish", 0), "filename_prefix": "posterior"}, 9),
-        Node("PreviewImage", "Measurement", 4, 10, {"images": ("Measure (simulate)", 1)}, 8),
-        Node("PreviewImage", "Truth", 4, 19, {"images": ("Demo Pictures", 0)}, 8),
+        Node("CLIPTextEncode", "Positive Prompt", 1, {"clip": clip, "text": ""}),
+        Node("CLIPTextEncode", "Negative Prompt", 1, {"clip": clip, "text": ""}),
+        Node("PosteriorMeasureSimulate", "Measure (simulate)", 1, measure),
+        Node("CFGGuider", "Guider", 2, guider),
+        Node("RandomNoise", "Noise", 2, {"noise_seed": 0}),
+        Node("BasicScheduler", "Scheduler", 2, scheduler),
+        Node("PosteriorSamplerPSLD", "PSLD Sampler", 2, psld),
+        Node("PosteriorStartLatent", "Start Latent", 2, {"measurement": measurement, "vae": vae, "start": "noise"}),
+        Node("SamplerCustomAdvanced", "Sample", 3, sample),
+        Node("VAEDecode", "Decode", 4, {"samples": ("Sample", 0), "vae": vae}),
+        Node("PosteriorFinish", "Finish", 5, {"image": ("Decode", 0), "measurement": measurement, "error": 0.05}, 120),
+        Node("SaveImage", "Result", 6, {"images": ("Finish", 0), "filename_prefix": "posterior"}, PICTURE),
+        Node("PreviewImage", "Measurement", 3, {"images": degraded}, PICTURE),
+        Node("PreviewImage", "Truth", 3, {"images": truth}, PICTURE),
         *hole,
     ]
 
 
-SWAP = (
-    "Runs as installed. For your own photo and model: replace Load Demo Prior by Load Checkpoint, Demo Pictures by Load Image, and "
-    "Measure (simulate) by Measurement from Photo."
-)
+SWAP = """Runs as installed. For your own photo and model replace
+* **Load Demo Prior** by **Load Checkpoint**,
+* **Demo Pictures** by **Load Image**,
+* **Measure (simulate)** by **Measurement from Photo**"""
 
 TEMPLATES = [
     Template(
         "super_resolution_x8",
-        f"x8 super-resolution with PSLD: 16 x 16 pixels become 128 x 128, and made smaller again they are the 16 x 16. {SWAP}",
+        "## x8 super-resolution with PSLD\n16 x 16 pixels become 128 x 128, and made smaller again they are the 16 x 16.\n\n"
+        f"{SWAP}.",
         restoration(
-            [Node("PosteriorDownscale", "Operator", 0, 8, {"method": "area", "method.factor": 8}, 3)], [], 100, 1.0, 0.1
+            [Node("PosteriorDownscale", "Operator", 0, {"method": "area", "method.factor": 8})],
+            [],
+            steps=100,
+            omega=1.0,
+            gamma=0.1,
         ),
     ),
     Template(
         "inpaint_box",
-        f"Box inpainting with PSLD: the box is invented, every other pixel comes back bit-exact. {SWAP}",
+        f"## Box inpainting with PSLD\nThe box is invented, every other pixel comes back bit-exact.\n\n{SWAP},\n"
+        "* the pattern of **Operator** by mask, with the mask of Load Image.",
         restoration(
             [
-                Node("SolidMask", "Nothing Lost", 0, 8, {"value": 0.0, "width": 128, "height": 128}),
-                Node("SolidMask", "Box", 0, 12, {"value": 1.0, "width": 56, "height": 48}),
                 Node(
-                    "MaskComposite",
-                    "Hole Mask",
+                    "PosteriorMask",
+                    "Operator",
                     0,
-                    16,
-                    {"destination": ("Nothing Lost", 0), "source": ("Box", 0), "x": 36, "y": 40, "operation": "add"},
-                    4,
+                    {"pattern": "box", "pattern.x": 36, "pattern.y": 40, "pattern.width": 56, "pattern.height": 48},
+                    PICTURE,
                 ),
-                Node("PosteriorMask", "Operator", 1, 13, {"mask": ("Hole Mask", 0), "threshold": 0.5}, 2),
             ],
             [
-                Node("MaskToImage", "Hole Picture", 1, 17, {"mask": ("Hole Mask", 0)}, 1),
-                Node("PreviewImage", "Hole", 3, 13, {"images": ("Hole Picture", 0)}, 8),
+                Node("MaskToImage", "Hole Picture", 2, {"mask": ("Measure (simulate)", 2)}),
+                Node("PreviewImage", "Hole", 4, {"images": ("Hole Picture", 0)}, PICTURE),
             ],
-            100,
-            1.0,
-            0.1,
+            steps=100,
+            omega=1.0,
+            gamma=0.1,
         ),
     ),
 ]
@@ -202,9 +157,11 @@ def ui_format(template: Template, object_info: dict[str, Any]) -> dict[str, Any]
     ids = {node.title: i + 1 for i, node in enumerate(template.nodes)}
     links, nodes = [], []
     outgoing: dict[tuple[str, int], list[int]] = {}
+    below: dict[int, int] = {}  # where the next node of a column goes
     for order, node in enumerate(template.nodes):
-        inputs, widgets = [], []
-        for name, kind, options in flat_inputs(object_info[node.type]["input"], node.inputs):
+        info = object_info[node.type]
+        inputs, widgets, height = [], [], node.extra
+        for name, kind, options in flat_inputs(info["input"], node.inputs):
             value = node.inputs.get(name)
             if isinstance(value, tuple):
                 source, slot = value
@@ -212,18 +169,23 @@ def ui_format(template: Template, object_info: dict[str, Any]) -> dict[str, Any]
                 outgoing.setdefault(value, []).append(len(links))
                 inputs.append({"name": name, "type": kind, "link": len(links)})
             elif kind in WIDGETS:
-                widgets.append(value)
+                widgets.append(node.inputs[name])  # every widget is written out, optional ones too
+                height += TEXT if options.get("multiline") else WIDGET
                 if options.get("control_after_generate"):
                     widgets.append("fixed")
+                    height += WIDGET
             else:
                 inputs.append({"name": name, "type": kind, "link": None})
+        top = below.get(node.column, 0)
+        height += SLOT * max(len(inputs), len(info["output"])) + 16
+        below[node.column] = top + height + GAP
         nodes.append(
             {
                 "id": ids[node.title],
                 "type": node.type,
                 "title": node.title,
-                "pos": [40 + 340 * node.column, 120 + 44 * node.row],
-                "size": [300, 44 * node.height - 10],
+                "pos": [COLUMN * node.column, top],
+                "size": [WIDTH, height],
                 "flags": {},
                 "order": order,
                 "mode": 0,
@@ -242,8 +204,8 @@ def ui_format(template: Template, object_info: dict[str, Any]) -> dict[str, Any]
         "id": len(nodes) + 1,
         "type": "MarkdownNote",
         "title": "What this does",
-        "pos": [40, 0],
-        "size": [980, 90],
+        "pos": [0, -300],
+        "size": [COLUMN + WIDTH, 220],
         "flags": {},
         "order": len(nodes),
         "mode": 0,
@@ -277,8 +239,9 @@ def main() -> int:
     from server import running
     from setup_host import prepare
 
-    paths = prepare()
-    with running(sys.executable, paths["comfyui"], paths["base"], ROOT / "output" / "templates.log", "--cpu") as server:
+    paths, log = prepare(), ROOT / "output" / "templates.log"
+    log.parent.mkdir(exist_ok=True)
+    with running(sys.executable, paths["comfyui"], paths["base"], log, "--cpu") as server:
         for path, text in render(server.get_json("/object_info")).items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)

@@ -17,6 +17,7 @@ from typing import Any
 import websocket
 
 PACK = "comfyui-posterior"
+PREVIEW = (1).to_bytes(4, "big")  # how a websocket message with a preview begins; 4 more bytes tell its file format
 
 
 class PromptFailed(Exception):
@@ -43,39 +44,70 @@ class Server:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.read()
 
-    def run(self, prompt: dict[str, Any], on_message: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-        """Queue an API-format prompt, wait for its end, and return its outputs by node id.
+    def run(
+        self,
+        prompt: dict[str, Any],
+        on_message: Callable[[dict[str, Any]], None] | None = None,
+        *,
+        on_preview: Callable[[bytes], None] | None = None,
+        extra_data: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Queue an API-format prompt, wait until the server is done with it, and return its outputs by node id.
+
+        Args:
+            on_message: gets every message on the websocket.
+            on_preview: gets the file, mostly JPEG, of every preview picture; `extra_data` must ask for them.
+            extra_data: for example {"preview_method": "latent2rgb"}.
 
         Raises:
             PromptFailed: refused, failed, or interrupted.
         """
         client = uuid.uuid4().hex
+        body = {"prompt": prompt, "client_id": client, "extra_data": extra_data or {}}
         with contextlib.closing(websocket.create_connection(f"ws://{self.address}/ws?clientId={client}", timeout=600)) as ws:
             try:
-                queued = json.loads(self.post("/prompt", {"prompt": prompt, "client_id": client}))
+                queued = json.loads(self.post("/prompt", body))
             except urllib.error.HTTPError as error:
-                raise PromptFailed(f"the server refused the prompt: {error.read().decode()}") from error
+                raise PromptFailed(f"the server refused the prompt: {refusal(json.load(error))}") from error
+            prompt_id = queued["prompt_id"]
+            # The server leaves out the output nodes it cannot run, and runs the rest.
+            failure = f"the server refused a part of the prompt: {refusal(queued)}" if queued["node_errors"] else None
             while True:
                 message = ws.recv()
-                if isinstance(message, bytes):  # a preview picture
+                if isinstance(message, bytes):
+                    if on_preview is not None and message.startswith(PREVIEW):
+                        on_preview(message[8:])
                     continue
                 message = json.loads(message)
                 if on_message is not None:
                     on_message(message)
                 data = message.get("data", {})
-                if data.get("prompt_id") != queued["prompt_id"]:
+                if data.get("prompt_id") != prompt_id:
                     continue
-                if message["type"] == "execution_success":
-                    break
                 if message["type"] == "execution_error":
-                    raise PromptFailed(f"{data['node_type']}: {data['exception_type']}: {data['exception_message']}")
-                if message["type"] == "execution_interrupted":
-                    raise PromptFailed(f"{data['node_type']}: interrupted")
-        return self.get_json(f"/history/{queued['prompt_id']}")[queued["prompt_id"]]["outputs"]
+                    kind = data["exception_type"].rpartition(".")[2]
+                    failure = f"{data['node_type']}: {kind}: {data['exception_message'].strip()}"
+                elif message["type"] == "execution_interrupted":
+                    failure = f"{data['node_type']}: interrupted"
+                elif message["type"] == "executing" and data["node"] is None:
+                    break  # the last message: only now is the prompt in the history
+        if failure is not None:
+            raise PromptFailed(failure)
+        return self.get_json(f"/history/{prompt_id}")[prompt_id]["outputs"]
 
     def picture(self, saved: dict[str, str]) -> bytes:
         """The file behind one entry of an output's `images`."""
         return self.get("/view", **saved)
+
+
+def refusal(answer: dict[str, Any]) -> str:
+    """What /prompt found wrong."""
+    found = [
+        f"{node['class_type']}: {error['message']}: {error['details']}"
+        for node in answer["node_errors"].values()
+        for error in node["errors"]
+    ]
+    return "; ".join(found) or answer["error"]["message"]
 
 
 def free_port() -> int:

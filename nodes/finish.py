@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..operators import Measurement
 from ..samplers import enforce_consistency
+from . import host
 from .types import CATEGORY, MeasurementType, to_image, to_signal
 
 
@@ -20,6 +21,7 @@ class Finish(io.ComfyNode):
             "noise-free (kept pixels come back bit-exact), as far as the noise allows otherwise. Shows |A x - y| before and after.",
             search_aliases=["consistency", "data consistency", "composite", "exact pixels"],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Image.Input("image", tooltip="The decoded result."),
                 MeasurementType.Input("measurement", tooltip="The measurement it was restored from."),
@@ -56,9 +58,10 @@ class Finish(io.ComfyNode):
         measurement = measurement.to("cpu", torch.float64)
         finished = to_image(enforce_consistency(x, measurement, 2 * error))
         before, after = (residual(to_signal("image", v), measurement) for v in (image, finished))
-        noise = "" if measurement.sigma == 0 else f"; noise {measurement.sigma / 2:.3g}"
-        lines = [f"|A x - y| = {b:.2e} -> {a:.2e} (rms on 0..1{noise})" for b, a in zip(before, after, strict=True)]
-        return io.NodeOutput(finished, max(after), ui=ui.PreviewText("\n".join(lines)))
+        noise = "" if measurement.sigma == 0 else f" (noise {measurement.sigma / 2:.3g})"
+        text = "\n".join(f"|A x - y| {b:.1e} -> {a:.1e}{noise}" for b, a in zip(before, after, strict=True))
+        host.show_text(cls, text)
+        return io.NodeOutput(finished, max(after), ui=ui.PreviewText(text))
 
 
 def residual(x: Tensor, measurement: Measurement) -> list[float]:

@@ -18,10 +18,6 @@ from torch import Tensor
 log = logging.getLogger("comfyui-posterior")
 
 
-class Refusal(ValueError):
-    """A model, conditioning or size that cannot be sampled correctly; the message says which and what to do."""
-
-
 # Leaving inference mode ------------------------------------------------------------------------------------------------
 
 
@@ -56,7 +52,7 @@ def normal_weights(module: torch.nn.Module) -> int:
         for tensors in (owner._parameters, owner._buffers):
             for name, old in tensors.items():
                 if isinstance(old, QuantizedTensor):
-                    raise Refusal(
+                    raise ValueError(
                         f"the weights of {type(module).__name__} are quantised ({type(old).__name__}, at {name}), which has no "
                         "gradient here; load a float16, bfloat16 or float32 checkpoint of this model"
                     )
@@ -109,22 +105,24 @@ def differentiable_options(model_options: dict[str, Any], has_control: bool) -> 
 def refuse_unsupported(guider: Any, x: Tensor, model_options: dict[str, Any]) -> None:
     """Refuse, before the first step, what would give a wrong gradient or an obscure error."""
     if x.ndim != 4:
-        raise Refusal(
+        raise ValueError(
             f"the latent has {x.ndim} dimensions {tuple(x.shape)}; only pictures, (batch, channels, height, width), work"
         )
     conds = [cond for group in guider.conds.values() for cond in group]
     if len({cond.get("hooks") for cond in conds}) > 1:
-        raise Refusal(
+        raise ValueError(
             "the conditionings carry different hooks (for example a LoRA on the positive prompt only). Their weights are swapped "
             "between the two network passes, which makes the gradient wrong. Apply the LoRA to the model, or the same hook to "
             "every conditioning"
         )
     if len(model_options.get("multigpu_clones", {})) > 1:
-        raise Refusal(
+        raise ValueError(
             "the model is split over several GPUs, where ComfyUI computes without gradients; remove the multi-GPU node"
         )
     if model_options.get("context_handler") is not None:
-        raise Refusal("context windows are active on the model, and have not been proved to have a gradient; remove that node")
+        raise ValueError(
+            "context windows are active on the model, and have not been proved to have a gradient; remove that node"
+        )
     transformer = model_options.get("transformer_options", {})
     patches = [patch for group in transformer.get("patches", {}).values() for patch in group]
     if any("tomesd" in (getattr(patch, "__module__", None) or "") for patch in patches):
@@ -176,7 +174,7 @@ def state_of(model_sampling: Any) -> State:
     if is_a("CONST") and not is_a("IMG_TO_IMG_FLOW") and getattr(model_sampling, "noise_scale", 1.0) == 1.0:
         return State(flow=True)
     names = ", ".join(c.__name__ for c in type(model_sampling).__mro__[1:] if c.__module__ == families.__name__)
-    raise Refusal(f"the model's parametrisation ({names}) is not supported; eps, v-prediction, EDM and rectified flow are")
+    raise ValueError(f"the model's parametrisation ({names}) is not supported; eps, v-prediction, EDM and rectified flow are")
 
 
 # Models in memory ------------------------------------------------------------------------------------------------------
@@ -192,7 +190,7 @@ def static_patcher(patcher: Any, what: str) -> Any:
     try:
         return patcher.get_non_dynamic_delegate()
     except RuntimeError as error:
-        raise Refusal(
+        raise ValueError(
             f"the {what} is under dynamic VRAM and its loader cannot load it again without ({error}). Use ComfyUI's own loader "
             "node, or start ComfyUI with --disable-dynamic-vram"
         ) from error
@@ -222,7 +220,7 @@ def resident(guider: Any, vae: Any, x: Tensor, image_shape: tuple[int, ...]) -> 
     patcher = static_patcher(guider.model_patcher, "diffusion model")
     others = [p for p in (getattr(guider, "uncond_model_patcher", None), *control_patchers(guider)) if p is not None]
     if any(p.is_dynamic() for p in others):
-        raise Refusal("a second model or ControlNet is under dynamic VRAM; start ComfyUI with --disable-dynamic-vram")
+        raise ValueError("a second model or ControlNet is under dynamic VRAM; start ComfyUI with --disable-dynamic-vram")
     vae_patcher = None if vae is None else static_patcher(vae.patcher, "VAE")
     patchers = [p for p in (patcher, vae_patcher, *others) if p is not None]
     memory = backward_memory(patcher.model, vae, x, image_shape)
@@ -276,17 +274,17 @@ class Codec:
 def check_vae(vae: Any, latent_format: Any = None) -> None:
     """Refuse a VAE that is missing, is not a picture VAE in [-1, 1], or belongs to another model family."""
     if getattr(vae, "first_stage_model", None) is None:
-        raise Refusal("vae: there is no VAE in it; the checkpoint carries none. Load one with Load VAE")
+        raise ValueError("vae: there is no VAE in it; the checkpoint carries none. Load one with Load VAE")
     ratio = getattr(vae, "upscale_ratio", None)
     if vae.latent_dim != 2 or not isinstance(ratio, int):
-        raise Refusal("vae: it is a video or audio VAE; a picture VAE (SD 1.x, SD 2.x, SDXL, SD3, Flux) is needed")
+        raise ValueError("vae: it is a video or audio VAE; a picture VAE (SD 1.x, SD 2.x, SDXL, SD3, Flux) is needed")
     ends = [float(vae.process_input(torch.tensor(value))) for value in (0.0, 1.0)]
     if vae.output_channels != 3 or ends != [-1.0, 1.0]:
-        raise Refusal(
+        raise ValueError(
             "vae: it does not work on RGB pictures in [-1, 1]; a picture VAE (SD 1.x, SD 2.x, SDXL, SD3, Flux) is needed"
         )
     if latent_format is not None and vae.latent_channels != latent_format.latent_channels:
-        raise Refusal(
+        raise ValueError(
             f"vae: its latents have {vae.latent_channels} channels, the model's have {latent_format.latent_channels}; "
             "use the VAE that belongs to this model"
         )
@@ -298,7 +296,7 @@ def latent_size(vae: Any, in_shape: tuple[int, int, int]) -> tuple[int, int, int
     channels, height, width = in_shape
     ratio = vae.upscale_ratio
     if channels != 3 or height % ratio or width % ratio:
-        raise Refusal(
+        raise ValueError(
             f"measurement: the restored picture is {width} x {height} with {channels} channels; this VAE makes pictures with 3 "
             f"channels and sides that are multiples of {ratio}. Pad or crop the photo to such a size first"
         )
@@ -310,13 +308,14 @@ def check_sizes(x: Tensor, measurement: Any, vae: Any) -> None:
     in_shape = measurement.operator.in_shape
     expected = tuple(in_shape) if vae is None else latent_size(vae, in_shape)
     if tuple(x.shape[1:]) != expected:
-        kind = "picture (no VAE is connected: pixel space)" if vae is None else "latent"
-        raise Refusal(
-            f"latent_image: got {tuple(x.shape[1:])}, but the measurement needs a {kind} of {expected} (channels, height, width); "
-            "take it from the Start Latent node"
+        wanted = (
+            f"without a VAE the model must work on pixels, as {expected}. Connect the VAE to the sampler node"
+            if vae is None
+            else f"the measurement needs {expected}. Take the latent from the Start Latent node"
         )
+        raise ValueError(f"latent_image: got {tuple(x.shape[1:])} (channels, height, width), but {wanted}")
     if len(measurement.y) not in (1, len(x)):
-        raise Refusal(f"latent_image: got a batch of {len(x)} for a measurement of {len(measurement.y)}; they must be equal")
+        raise ValueError(f"latent_image: got a batch of {len(x)} for a measurement of {len(measurement.y)}; they must be equal")
 
 
 # The plug-in -----------------------------------------------------------------------------------------------------------
@@ -391,7 +390,9 @@ def denoiser(model: Any, state: State) -> Callable[..., Tensor]:
         x_host = state.from_k(x, sigma.reshape(-1, 1, 1, 1))
         denoised = model(x_host, state.sigma_from_k(sigma), **extra_args)
         if x.requires_grad and torch.is_grad_enabled() and not denoised.requires_grad:
-            raise Refusal("the model's output has no gradient: a patch or wrapper on the model computes without one; remove it")
+            raise ValueError(
+                "the model's output has no gradient: a patch or wrapper on the model computes without one; remove it"
+            )
         if not bool(torch.isfinite(denoised).all()):
             raise RuntimeError(
                 f"the model returned NaN or infinite values at sigma {float(sigma[0]):.4g}; try a lower cfg or another precision"
@@ -411,6 +412,16 @@ def host_callback(callback: Callable[[dict[str, Any]], None] | None, state: Stat
             callback({**step, "x": state.from_k(step["x"], step["sigma"])})
 
     return report
+
+
+def show_text(node: Any, text: str) -> None:
+    """Show a line or more on the node that is running; nothing happens where there is no server (in-process use)."""
+    from server import PromptServer
+
+    unique_id = getattr(getattr(node, "hidden", None), "unique_id", None)
+    instance = getattr(PromptServer, "instance", None)
+    if instance is not None and unique_id is not None:
+        instance.send_progress_text(text, unique_id)
 
 
 # The demo prior --------------------------------------------------------------------------------------------------------

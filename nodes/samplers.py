@@ -62,17 +62,27 @@ class SamplerPSLD(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, omega: float, gamma: float) -> bool | str:
-        return True if omega + gamma > 0 else "omega and gamma are both 0, which ignores the photo; set one above 0"
+    def validate_inputs(cls, omega: float | None = None, gamma: float | None = None) -> bool | str:
+        # Naming an input here takes its range check from ComfyUI; a linked one comes as None and is checked in execute.
+        return cls._fault({"omega": omega, "gamma": gamma}) or True
 
     @classmethod
     def execute(
         cls, measurement: Measurement, omega: float, gamma: float, eta: float, glue: str, vae: object = None
     ) -> io.NodeOutput:
+        if fault := cls._fault({"omega": omega, "gamma": gamma}):
+            raise ValueError(fault)
         if vae is not None:
             host.latent_size(vae, measurement.operator.in_shape)
         options = {"omega": omega, "gamma": gamma, "eta": eta, "glue": glue}
         return io.NodeOutput(host.stock_sampler(sample_psld, measurement, vae, **options))
+
+    @staticmethod
+    def _fault(weights: dict[str, float | None]) -> str:
+        for name, value in weights.items():
+            if value is not None and not 0 <= value <= 100:
+                return f"{name}: got {value}, expected a number from 0 to 100"
+        return "omega and gamma are both 0, which ignores the photo; set one above 0" if set(weights.values()) == {0} else ""
 
 
 class StartLatent(io.ComfyNode):

@@ -29,7 +29,18 @@ class OperatorRecipe:
 
     label: str
     bind: Callable[[Shape], LinearOperator]
-    full_shape: Callable[[Shape], Shape]
+    full_shape: Callable[[Shape], Shape] = lambda shape: shape
+
+    def after(self, first: "OperatorRecipe | None") -> "OperatorRecipe":
+        """The recipe for: `first` happened to the picture, and then this."""
+        if first is None:
+            return self
+
+        def bind(shape: Shape) -> LinearOperator:
+            inner = first.bind(shape)
+            return self.bind(inner.out_shape) @ inner
+
+        return OperatorRecipe(f"{first.label}, then {self.label}", bind, lambda shape: first.full_shape(self.full_shape(shape)))
 
 
 def to_signal(name: str, image: Tensor) -> Tensor:
@@ -53,5 +64,6 @@ def to_signal(name: str, image: Tensor) -> Tensor:
 
 
 def to_image(signal: Tensor) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> IMAGE (B, H, W, 3), float32; not clamped."""
-    return ((signal + 1) / 2).movedim(1, -1).float()
+    """(B, 1 or 3, H, W) in [-1, 1] -> IMAGE (B, H, W, 3), float32; not clamped."""
+    image = ((signal + 1) / 2).movedim(1, -1).float()
+    return image.expand(*image.shape[:-1], 3) if image.shape[-1] == 1 else image

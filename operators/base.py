@@ -4,11 +4,13 @@ With A = U S V^T, every function of A^T A that is needed here is carried by one 
 
     f(A^T A) = f(0) I + A^T h(A A^T) A,    h(l) = (f(l) - f(0)) / l
 
-so a concrete operator defines `_forward`, `_adjoint` and `gram`, that is h(A A^T) on the small side, and everything else
-(pseudo-inverse, projector, prox, spectral functions) is written once, below.
+so a concrete operator defines `_forward`, `_adjoint`, `_gram`, that is h(A A^T) on the small side, and `norm`; everything
+else (pseudo-inverse, projector, prox, spectral functions) is written once, below. `_back` and `_spectral` are overridden
+where the singular vectors are at hand and one transform serves for two.
 """
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -20,10 +22,52 @@ Spectral = Callable[[Tensor], Tensor]
 
 def as_shape(name: str, shape: tuple[int, ...]) -> Shape:
     """Check a (C, H, W) given by a caller and return it as a tuple of ints."""
-    shape = tuple(shape)
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(f"{name}: got {shape}, expected three positive integers (channels, height, width)")
-    return shape
+    if not isinstance(shape, tuple | list) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"{name}: got {shape!r}, expected three positive integers (channels, height, width)")
+    return tuple(shape)
+
+
+def as_finite(name: str, value: object) -> Tensor:
+    """Check numbers given by a caller (tensor or nested sequence; real and finite) and return them in float64."""
+    try:
+        tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: got {type(value).__name__}, expected real numbers") from error
+    if tensor.is_complex():
+        raise ValueError(f"{name}: got {tensor.dtype}, expected real numbers")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name}: got NaN or infinite values, expected finite ones")
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # MPS has no float64
+
+
+class Table:
+    """A constant of an operator: built and kept in float64, handed out in the precision of the tensor that it meets.
+
+    A cast is made once for each precision. Every copy is an ordinary tensor even when the operator is made or first used
+    under `torch.inference_mode`, whose tensors autograd refuses to save.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        with torch.inference_mode(False):
+            self.value = value.detach().clone()
+        self._casts: dict[torch.dtype, Tensor] = {}
+
+    def like(self, v: Tensor) -> Tensor:
+        """The constant in the precision (complex where it is complex) and on the device of `v`."""
+        cast = self._casts.get(v.dtype)
+        if cast is None:
+            with torch.inference_mode(False):
+                cast = self._casts[v.dtype] = self._cast(v.dtype)
+        return cast if cast.device == v.device else cast.to(v.device)
+
+    def to(self, *args: object, **kwargs: object) -> "Table":
+        """A copy on another device; a dtype in the arguments is ignored, because the precision follows each input."""
+        device = torch.empty(0, device=self.value.device).to(*args, **kwargs).device
+        single = {torch.float64: torch.float32, torch.complex128: torch.complex64} if device.type == "mps" else {}
+        return type(self)(self.value.to(single.get(self.value.dtype, self.value.dtype)).to(device))
+
+    def _cast(self, dtype: torch.dtype) -> Tensor:
+        return self.value.to(dtype.to_complex() if self.value.is_complex() else dtype)
 
 
 class LinearOperator:
@@ -32,9 +76,11 @@ class LinearOperator:
     Attributes:
         in_shape, out_shape: shapes without the batch.
         exact: True when `A_dagger`, `gram` and everything built on them are closed forms (no iteration).
+        batch: number of images the operator is bound to (one mask for each, say); 1 means any number.
 
-    Immutable: attributes are set once, tensors are copied in, and no method writes to its input. float16 and bfloat16 inputs
-    are computed in float32 and returned in their own dtype; float64 stays float64. Autograd flows through every method.
+    Immutable: attributes are set once, tensors are copied in, and no method writes to its input. Constants are built in
+    float64. float16 and bfloat16 inputs are computed in float32 and returned in their own dtype; float64 stays float64.
+    Autograd flows through every method.
 
     Raises:
         ValueError: from every method, when an input is not a floating-point batch of the right (C, H, W).
@@ -43,7 +89,10 @@ class LinearOperator:
     in_shape: Shape
     out_shape: Shape
     exact: bool = True
-    eigenvalue_tol: float = 1e-12  # relative to the largest eigenvalue of A A^T; at or below it is a null direction
+    batch: int = 1
+    # Relative to the largest eigenvalue of A A^T; at or below it a direction is null. It is a singular value of 1e-6, the
+    # smallest that float32 resolves (to some 6 %), so that both precisions invert the same directions.
+    eigenvalue_tol: float = 1e-12
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in self.__dict__:
@@ -53,7 +102,13 @@ class LinearOperator:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({'x'.join(map(str, self.in_shape))} -> {'x'.join(map(str, self.out_shape))})"
 
-    # What a concrete operator defines -----------------------------------------------------------------------------
+    def __matmul__(self, inner: "LinearOperator") -> "LinearOperator":
+        """The composition x -> self.A(inner.A(x)), in the best closed form known; see `compose`."""
+        from .compose import compose  # it imports this module
+
+        return compose(self, inner) if isinstance(inner, LinearOperator) else NotImplemented
+
+    # What a concrete operator defines: v is float32 or float64 and of the right shape -------------------------------
 
     def _forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -68,7 +123,43 @@ class LinearOperator:
         """Largest singular value of A."""
         raise NotImplementedError
 
-    # What follows -------------------------------------------------------------------------------------------------
+    # What it may define better ------------------------------------------------------------------------------------
+
+    def _back(self, y: Tensor, h: Spectral) -> Tensor:
+        """A^T h(A A^T) y."""
+        return self._adjoint(self._gram(y, h))
+
+    def _spectral(self, x: Tensor, f: Spectral) -> Tensor:
+        f0 = f(x.new_zeros(()))
+
+        def h(values: Tensor) -> Tensor:
+            # Below it f(l) - f(0) is rounding, and so is what A lets through; their product must not be divided by l.
+            resolved = values > (8 * torch.finfo(values.dtype).eps * self.norm()) ** 2
+            return torch.where(resolved, (f(values) - f0) / torch.where(resolved, values, 1.0), 0.0)
+
+        return f0 * x + self._back(self._forward(x), h)
+
+    def _pinv(self, y: Tensor) -> Tensor:
+        return self._back(y, self._inverse)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return self._spectral(x, lambda values: self._seen(values).to(values.dtype))
+
+    def _project_range(self, y: Tensor) -> Tensor:
+        return self._gram(y, lambda values: self._seen(values).to(values.dtype))
+
+    def _prox(self, z: Tensor, y: Tensor, gamma: float) -> Tensor:
+        return z + self._back(y - self._forward(z), lambda values: gamma / (1 + gamma * values))
+
+    def as_fourier(self) -> "LinearOperator | None":
+        """The same map as a `Fourier` operator, where it is a circular convolution and regular subsampling, else None."""
+        return None
+
+    def as_separable(self) -> "LinearOperator | None":
+        """The same map as a `Separable` operator, where it acts on rows and columns independently, else None."""
+        return None
+
+    # What everybody calls -----------------------------------------------------------------------------------------
 
     def A(self, x: Tensor) -> Tensor:
         """A x. x: (B, *in_shape) -> (B, *out_shape)."""
@@ -84,29 +175,19 @@ class LinearOperator:
 
     def A_dagger(self, y: Tensor) -> Tensor:
         """Moore-Penrose pseudo-inverse A^+ y = A^T h(A A^T) y, h(l) = 1/l on the range and 0 elsewhere."""
-        return self._apply("y", y, self.out_shape, lambda v: self._adjoint(self._gram(v, self._inverse)))
+        return self._apply("y", y, self.out_shape, self._pinv)
 
     def project(self, x: Tensor) -> Tensor:
         """A^+ A x: the part of x that the measurement sees. x: (B, *in_shape) -> same."""
-        return self._apply("x", x, self.in_shape, lambda v: self._adjoint(self._gram(self._forward(v), self._inverse)))
+        return self._apply("x", x, self.in_shape, self._project)
 
     def project_range(self, y: Tensor) -> Tensor:
         """A A^+ y: the part of y that some image can explain. y: (B, *out_shape) -> same."""
-        return self.gram(y, lambda values: self._seen(values).to(values.dtype))
+        return self._apply("y", y, self.out_shape, self._project_range)
 
     def spectral(self, x: Tensor, f: Spectral) -> Tensor:
         """f(A^T A) x, where `f` maps a tensor of eigenvalues (>= 0) elementwise. x: (B, *in_shape) -> same."""
-
-        def run(v: Tensor) -> Tensor:
-            f0 = f(v.new_zeros(()))
-
-            def h(values: Tensor) -> Tensor:
-                seen = self._seen(values)
-                return torch.where(seen, (f(values) - f0) / torch.where(seen, values, 1.0), 0.0)
-
-            return f0 * v + self._adjoint(self._gram(self._forward(v), h))
-
-        return self._apply("x", x, self.in_shape, run)
+        return self._apply("x", x, self.in_shape, lambda v: self._spectral(v, f))
 
     def prox_l2(self, z: Tensor, y: Tensor, gamma: float) -> Tensor:
         """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2 = z + A^T (I/gamma + A A^T)^-1 (y - A z).
@@ -115,18 +196,21 @@ class LinearOperator:
         """
         if not gamma >= 0:
             raise ValueError(f"gamma: got {gamma}, expected a number >= 0")
-        if gamma == float("inf"):
-            return z + self.A_dagger(y - self.A(z))
-        return z + self.A_adjoint(self.gram(y - self.A(z), lambda values: gamma / (1 + gamma * values)))
+        self._check("y", y, self.out_shape)
+
+        def run(v: Tensor) -> Tensor:
+            target = y.to(v.dtype)
+            return v + self._pinv(target - self._forward(v)) if gamma == float("inf") else self._prox(v, target, gamma)
+
+        return self._apply("z", z, self.in_shape, run)
 
     def to(self, *args: object, **kwargs: object) -> "LinearOperator":
-        """A copy with its tensors moved, as `torch.Tensor.to` does (device, dtype, copy=...), but never below float32."""
+        """A copy on another device, by any arguments of `torch.Tensor.to`.
+
+        A dtype is accepted and changes nothing: constants stay exact, and each input brings its own precision.
+        """
         moved = copy.copy(self)
-        for name, value in self.__dict__.items():
-            if isinstance(value, Tensor | LinearOperator):
-                value = value.to(*args, **kwargs)
-                half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-                moved.__dict__[name] = self.__dict__[name].to(value.device, torch.float32) if half else value
+        moved.__dict__.update({name: _moved(value, args, kwargs) for name, value in self.__dict__.items()})
         return moved
 
     def _seen(self, values: Tensor) -> Tensor:
@@ -136,27 +220,113 @@ class LinearOperator:
         seen = self._seen(values)
         return torch.where(seen, 1 / torch.where(seen, values, 1.0), 0.0)
 
-    def _apply(self, name: str, v: Tensor, shape: Shape, run: Callable[[Tensor], Tensor]) -> Tensor:
-        """Check an input, compute in float32 or float64, return in the input's dtype."""
+    def _check(self, name: str, v: Tensor, shape: Shape) -> None:
         if not isinstance(v, Tensor) or not v.is_floating_point():
             kind = v.dtype if isinstance(v, Tensor) else type(v).__name__
             raise ValueError(f"{name}: got {kind}, expected a floating-point tensor")
         if v.ndim != 4 or tuple(v.shape[1:]) != shape:
             raise ValueError(f"{name}: got shape {tuple(v.shape)}, expected (batch, {', '.join(map(str, shape))}) for {self!r}")
+        if self.batch not in (1, len(v)):
+            raise ValueError(f"{name}: got a batch of {len(v)}, expected {self.batch}, the images that {self!r} is made for")
+
+    def _apply(self, name: str, v: Tensor, shape: Shape, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """Check an input, compute in float32 or float64, return in the input's dtype."""
+        self._check(name, v, shape)
         return run(v if v.dtype == torch.float64 else v.float()).to(v.dtype)
 
 
+def _moved(value: object, args: tuple, kwargs: dict) -> object:
+    """An attribute of an operator on another device."""
+    if isinstance(value, Table | LinearOperator):
+        return value.to(*args, **kwargs)
+    if isinstance(value, tuple):
+        return tuple(_moved(item, args, kwargs) for item in value)
+    return value
+
+
 class PixelwiseGram(LinearOperator):
-    """An operator whose A A^T is diagonal in pixels, so that `gram` is a multiplication.
+    """An operator whose rows touch disjoint pixels, so that A A^T is diagonal and `gram` is a multiplication.
 
     Attributes:
         eigenvalues: diagonal of A A^T, broadcastable to (B, *out_shape).
     """
 
-    eigenvalues: Tensor
+    eigenvalues: Table
 
     def _gram(self, y: Tensor, h: Spectral) -> Tensor:
-        return h(self.eigenvalues.to(y.dtype)) * y
+        return h(self.eigenvalues.like(y)) * y
+
+    def _pinv(self, y: Tensor) -> Tensor:
+        return self._adjoint(self._inverses.like(y) * y)
+
+    @functools.cached_property
+    def _inverses(self) -> Table:
+        return Table(self._inverse(self.eigenvalues.value))
 
     def norm(self) -> float:
-        return float(self.eigenvalues.max()) ** 0.5
+        """Largest singular value of A."""
+        return self._norm
+
+    @functools.cached_property
+    def _norm(self) -> float:
+        return float(self.eigenvalues.value.max()) ** 0.5
+
+    @functools.cached_property
+    def row_gain(self) -> float | None:
+        """c where A A^T = c I, else None."""
+        values = self.eigenvalues.value
+        return float(values.flatten()[0]) if bool((values == values.flatten()[0]).all()) else None
+
+
+class Delegate(LinearOperator):
+    """An operator that hands all work to another one, chosen for its closed form.
+
+    Attributes:
+        form: the operator that computes.
+    """
+
+    form: LinearOperator
+
+    @property
+    def exact(self) -> bool:
+        """Whether the form is closed."""
+        return self.form.exact
+
+    def as_fourier(self) -> LinearOperator | None:
+        """The form, where it is one."""
+        return self.form.as_fourier()
+
+    def as_separable(self) -> LinearOperator | None:
+        """The form, where it is one."""
+        return self.form.as_separable()
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self.form._forward(x)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self.form._adjoint(y)
+
+    def _gram(self, y: Tensor, h: Spectral) -> Tensor:
+        return self.form._gram(y, h)
+
+    def _back(self, y: Tensor, h: Spectral) -> Tensor:
+        return self.form._back(y, h)
+
+    def _spectral(self, x: Tensor, f: Spectral) -> Tensor:
+        return self.form._spectral(x, f)
+
+    def _pinv(self, y: Tensor) -> Tensor:
+        return self.form._pinv(y)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return self.form._project(x)
+
+    def _project_range(self, y: Tensor) -> Tensor:
+        return self.form._project_range(y)
+
+    def _prox(self, z: Tensor, y: Tensor, gamma: float) -> Tensor:
+        return self.form._prox(z, y, gamma)
+
+    def norm(self) -> float:
+        """Largest singular value of A."""
+        return self.form.norm()

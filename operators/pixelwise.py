@@ -1,9 +1,10 @@
-"""Operators that act on each pixel alone: identity (denoising) and masks (inpainting, destriping, missing pixels)."""
+"""Operators that act on each pixel alone: identity (denoising), scale, masks (inpainting, destriping) and grayscale."""
 
 import torch
 from torch import Tensor
 
-from .base import PixelwiseGram, Shape, as_shape
+from .base import PixelwiseGram, Shape, Table, as_finite, as_shape
+from .separable import Separable
 
 
 class Identity(PixelwiseGram):
@@ -15,7 +16,7 @@ class Identity(PixelwiseGram):
 
     def __init__(self, in_shape: Shape) -> None:
         self.in_shape = self.out_shape = as_shape("in_shape", in_shape)
-        self.eigenvalues = torch.ones((1, 1, 1, 1))
+        self.eigenvalues = Table(torch.ones((1, 1, 1, 1), dtype=torch.float64))
 
     def _forward(self, x: Tensor) -> Tensor:
         return x.clone()
@@ -23,12 +24,62 @@ class Identity(PixelwiseGram):
     _adjoint = _forward
 
 
+class Scale(PixelwiseGram):
+    """A x = gain * x: brings measurements of one picture to one noise level, for `Stack`, or changes units.
+
+    Args:
+        in_shape: (C, H, W) of the picture.
+        gain: finite and not 0.
+    """
+
+    def __init__(self, in_shape: Shape, gain: float) -> None:
+        self.in_shape = self.out_shape = as_shape("in_shape", in_shape)
+        value = as_finite("gain", gain)
+        if value.ndim != 0 or value == 0:
+            raise ValueError(f"gain: got {gain}, expected one number other than 0")
+        self.gain = float(value)
+        self.eigenvalues = Table(value.square().reshape(1, 1, 1, 1))
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self.gain * x
+
+    _adjoint = _forward
+
+
+class _Bits(Table):
+    """A 0/1 table as bit patterns of the width of a float: all bits set on 1, none on 0."""
+
+    def _cast(self, dtype: torch.dtype) -> Tensor:
+        return -self.value.to({4: torch.int32, 8: torch.int64}[dtype.itemsize])
+
+
+class _KeepBits(torch.autograd.Function):
+    """x where keep, else 0, as a bitwise and.
+
+    A product would let the NaN of a lost pixel through, and `torch.where` is 20 times slower on a random mask (one
+    branch for each pixel).
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, bits: Tensor) -> Tensor:
+        ctx.bits = bits
+        return (x.view(bits.dtype) & bits).view(x.dtype)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _KeepBits.apply(gradient, ctx.bits), None
+
+    @staticmethod
+    def jvp(ctx: torch.autograd.function.FunctionCtx, tangent: Tensor, _: None) -> Tensor:
+        return _KeepBits.apply(tangent, ctx.bits)
+
+
 class Mask(PixelwiseGram):
-    """A x = keep * x: pixels with keep = 1 are observed, the others are lost and read 0.
+    """A x = keep * x: pixels with keep = 1 are observed, the others are lost and read 0, whatever stands in them.
 
     Args:
         keep: (1 or B, 1 or C, H, W), exactly 0 or 1 (bool, integer or float); one mask per image when the first size is B,
-            one per colour channel when the second is C.
+            one per colour channel when the second is C. `box_mask`, `random_mask` and `stripe_mask` make some.
         channels: C of the picture; needed only when `keep` has one channel and the picture has not three.
 
     Raises:
@@ -36,27 +87,71 @@ class Mask(PixelwiseGram):
     """
 
     def __init__(self, keep: Tensor, channels: int | None = None) -> None:
-        if keep.ndim != 4:
+        keep = as_finite("keep", keep)
+        if keep.ndim != 4 or keep.numel() == 0:
             raise ValueError(f"keep: got shape {tuple(keep.shape)}, expected (1 or batch, 1 or channels, height, width)")
         if not bool(((keep == 0) | (keep == 1)).all()):
             raise ValueError("keep: got values other than 0 and 1; threshold a soft mask first, for example keep = mask < 0.5")
         if not bool((keep == 1).flatten(1).any(1).all()):
             raise ValueError("keep: a mask is 0 everywhere; at least one pixel of each image must be observed")
-        in_channels = channels or (3 if keep.shape[1] == 1 else keep.shape[1])
+        in_channels = (3 if keep.shape[1] == 1 else keep.shape[1]) if channels is None else channels
         if keep.shape[1] not in (1, in_channels):
             raise ValueError(f"keep: got {keep.shape[1]} channels, expected 1 or channels={in_channels}")
         self.in_shape = self.out_shape = as_shape("in_shape", (in_channels, *keep.shape[2:]))
-        self.eigenvalues = keep.to(torch.float32, copy=True)
+        self.batch = len(keep)
+        self.eigenvalues = Table(keep)  # a projector is its own A A^T
+        self._bits = _Bits(keep)
 
     @property
     def keep(self) -> Tensor:
-        """The mask, float, 1 = observed. A projector is its own A A^T, hence one tensor for both."""
-        return self.eigenvalues
+        """The mask, float32, 1 = observed."""
+        return self.eigenvalues.value.to(torch.float32, copy=True)
+
+    def as_separable(self) -> Separable | None:
+        """Stripes and frames keep whole rows times whole columns."""
+        keep = self.eigenvalues.value
+        if keep.shape[:2] != (1, 1):
+            return None
+        rows, columns = keep[0, 0].amax(1), keep[0, 0].amax(0)
+        if not torch.equal(torch.outer(rows, columns), keep[0, 0]):
+            return None
+        return Separable(torch.diag(rows), torch.diag(columns), self.in_shape[0])
 
     def _forward(self, x: Tensor) -> Tensor:
-        if len(self.keep) not in (1, len(x)):
-            raise ValueError(f"x: got a batch of {len(x)}, expected {len(self.keep)}, one image for each mask")
-        # where() and not a product: what stands in a hole may be NaN or infinite and must not leak.
-        return torch.where(self.keep.bool(), x, x.new_zeros(()))
+        return _KeepBits.apply(x, self._bits.like(x))
 
-    _adjoint = _forward
+    _adjoint = _pinv = _project = _project_range = _forward
+
+
+LUMA_WEIGHTS = {"709": (0.2126, 0.7152, 0.0722), "601": (0.299, 0.587, 0.114), "equal": (1 / 3, 1 / 3, 1 / 3)}
+
+
+class Grayscale(PixelwiseGram):
+    """A x = sum_c w_c x_c at each pixel: a black-and-white photo of a colour picture (colourisation).
+
+    A A^T = ||w||^2 I.
+
+    Args:
+        in_shape: (C, H, W) of the picture.
+        weights: "709" (ITU-R BT.709 luma), "601" (BT.601), "equal" (the mean of three channels), or C numbers, used as given.
+    """
+
+    def __init__(self, in_shape: Shape, weights: str | Tensor | tuple[float, ...] = "709") -> None:
+        c, h, w = as_shape("in_shape", in_shape)
+        if isinstance(weights, str) and weights not in LUMA_WEIGHTS:
+            raise ValueError(f"weights: got {weights!r}, expected one of {sorted(LUMA_WEIGHTS)} or {c} numbers")
+        values = as_finite("weights", LUMA_WEIGHTS[weights] if isinstance(weights, str) else weights)
+        if values.shape != (c,):
+            raise ValueError(f"weights: got shape {tuple(values.shape)}, expected ({c},), one for each channel of {in_shape}")
+        if not bool(values.any()):
+            raise ValueError("weights: all are 0, expected at least one other number")
+        self.in_shape, self.out_shape = (c, h, w), (1, h, w)
+        self.weights = tuple(values.tolist())
+        self.eigenvalues = Table(values.square().sum().reshape(1, 1, 1, 1))
+        self._row = Table(values)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return (self._row.like(x) @ x.flatten(2)).unflatten(-1, x.shape[2:])[:, None]
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self._row.like(y)[:, None, None] * y

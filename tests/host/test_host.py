@@ -62,7 +62,7 @@ def test_quantised_weights_are_refused(host: ModuleType) -> None:
     layer = torch.nn.Linear(32, 32)
     weight = QuantizedTensor.from_float(torch.randn(32, 32), "TensorCoreFP8E4M3Layout")
     layer._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
-    with torch.inference_mode(False), pytest.raises(host.Refusal, match=r"quantised .* at weight"):
+    with torch.inference_mode(False), pytest.raises(ValueError, match=r"quantised .* at weight"):
         host.normal_weights(layer)
 
 
@@ -136,7 +136,7 @@ def test_unknown_parametrisations_are_refused_by_name(host: ModuleType) -> None:
         assert host.state_of(comfy.model_base.model_sampling(config, kind)).flow is flow
     for kind in (ModelType.IMG_TO_IMG, ModelType.FLOW_COSMOS, ModelType.IMG_TO_IMG_FLOW, ModelType.V_PREDICTION_DDPM):
         sampling = comfy.model_base.model_sampling(config, kind)
-        with pytest.raises(host.Refusal, match=r"parametrisation .*(IMG_TO_IMG|COSMOS|DDPM)"):
+        with pytest.raises(ValueError, match=r"parametrisation .*(IMG_TO_IMG|COSMOS|DDPM)"):
             host.state_of(sampling)
 
 
@@ -149,7 +149,7 @@ def test_different_hooks_are_refused(hosts: Callable[[str], Host], host: ModuleT
     h = hosts("sd15")
     group = comfy.hooks.create_hook_lora(lora={}, strength_model=1.0, strength_clip=1.0)
     hooked = [[c, {**d, "hooks": group}] for c, d in conditioning("sd15", 1)]
-    with pytest.raises(host.Refusal, match="different hooks"):
+    with pytest.raises(ValueError, match="different hooks"):
         h.sample(h.sampler(stand_still), guider=h.guider(positive=hooked))
 
 
@@ -159,13 +159,13 @@ def test_different_hooks_are_refused(hosts: Callable[[str], Host], host: ModuleT
 )
 def test_model_options_without_a_gradient_are_refused(options: dict, message: str, host: ModuleType) -> None:
     guider = SimpleNamespace(conds={"positive": [{}]})
-    with pytest.raises(host.Refusal, match=message):
+    with pytest.raises(ValueError, match=message):
         host.refuse_unsupported(guider, torch.zeros(1, 4, 8, 8), options)
 
 
 def test_video_latent_is_refused(hosts: Callable[[str], Host], host: ModuleType) -> None:
     guider = SimpleNamespace(conds={})
-    with pytest.raises(host.Refusal, match="5 dimensions"):
+    with pytest.raises(ValueError, match="5 dimensions"):
         host.refuse_unsupported(guider, torch.zeros(1, 4, 2, 8, 8), {})
 
 
@@ -174,26 +174,26 @@ def test_vae_refusals(hosts: Callable[[str], Host], host: ModuleType, tiny: Call
 
     h, other = hosts("sd15"), hosts("sd3")
     assert host.latent_size(h.vae, (3, 64, 128)) == (4, 8, 16)
-    with pytest.raises(host.Refusal, match=r"130 x 97 .* multiples of 8"):
+    with pytest.raises(ValueError, match=r"130 x 97 .* multiples of 8"):
         host.latent_size(h.vae, (3, 97, 130))
-    with pytest.raises(host.Refusal, match="no VAE in it"):
+    with pytest.raises(ValueError, match="no VAE in it"):
         host.check_vae(load(tiny("sd15", vae=None))[2])
-    with pytest.raises(host.Refusal, match="16 channels, the model's have 4"):
+    with pytest.raises(ValueError, match="16 channels, the model's have 4"):
         host.check_vae(other.vae, h.model.model.latent_format)
     with torch.inference_mode():
         video = comfy.sd.VAE(sd={"decoder.22.bias": torch.zeros(3), "decoder.1.weight": torch.zeros(256, 16, 3, 3)})
-    with pytest.raises(host.Refusal, match="video or audio"):
+    with pytest.raises(ValueError, match="video or audio"):
         host.check_vae(video)
 
 
 def test_sizes_are_checked_before_the_first_step(hosts: Callable[[str], Host], host: ModuleType) -> None:
     h = hosts("sd15")
-    with pytest.raises(host.Refusal, match=r"latent_image: got \(4, 16, 8\).*\(4, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"latent_image: got \(4, 16, 8\).*\(4, 8, 8\)"):
         h.sample(h.sampler(stand_still), latent=torch.zeros(1, 4, 16, 8))
     sampler = host.stock_sampler(stand_still, h.measurement(batch=2), h.vae)
-    with pytest.raises(host.Refusal, match="batch of 3 for a measurement of 2"):
+    with pytest.raises(ValueError, match="batch of 3 for a measurement of 2"):
         h.sample(sampler, latent=h.latent(3))
-    with pytest.raises(host.Refusal, match="no VAE is connected"):
+    with pytest.raises(ValueError, match="without a VAE the model must work on pixels"):
         h.sample(host.stock_sampler(stand_still, h.measurement(), None))
 
 
@@ -206,7 +206,7 @@ def test_model_that_loses_the_gradient_is_refused(hosts: Callable[[str], Host], 
         )
         model.set_model_sampler_post_cfg_function(lambda given: given["denoised"].detach())
     probe = Probe(lambda model, x, **_: model(x.requires_grad_()))
-    with pytest.raises(host.Refusal, match="no gradient"):
+    with pytest.raises(ValueError, match="no gradient"):
         h.sample(h.sampler(probe), guider=Host(h.pack, "sd15", model, h.vae).guider())
 
 
@@ -266,7 +266,7 @@ def test_a_loader_that_cannot_reload_is_named(host: ModuleType) -> None:
         def get_non_dynamic_delegate(self) -> None:
             raise RuntimeError("cached_patcher_init is not initialized.")
 
-    with pytest.raises(host.Refusal, match=r"the VAE is under dynamic VRAM.*--disable-dynamic-vram"):
+    with pytest.raises(ValueError, match=r"the VAE is under dynamic VRAM.*--disable-dynamic-vram"):
         host.static_patcher(Paged(), "VAE")
 
 

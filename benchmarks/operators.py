@@ -1,0 +1,233 @@
+"""How fast the operators are, beside what the machine allows, the plainest torch code for the same, and deepinv.
+
+    python benchmarks/operators.py
+
+One CPU thread, 3 channels, float32. All functions of a row are timed in turn, again and again, and each reports its 20th
+percentile: this machine is shared, and only ratios within one run mean anything. "floor" is what cannot be avoided: a copy of
+the same bytes, the bare FFT pair, or torch's own fused primitive. deepinv 0.5 takes part when it can be imported (for example
+from `pip install --target DIR deepinv` and PYTHONPATH=DIR). Prints a markdown table and writes it to results/operators.md.
+"""
+
+import importlib
+import os
+import pathlib
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Run as a script, this folder stands first on the path and its operators.py would shadow the package.
+sys.path[0] = str(ROOT)
+
+from operators import (  # noqa: E402
+    AreaDownscale,
+    BicubicDownscale,
+    Blur,
+    Grayscale,
+    LinearOperator,
+    Mask,
+    gaussian_kernel,
+    random_mask,
+)
+
+Call = Callable[[], Tensor]
+SECONDS = 4.0  # for each row
+
+
+def percentile_times(calls: dict[str, Call]) -> dict[str, float]:
+    """Milliseconds of each call, all of them interleaved."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()  # tables and plans are made once
+    stop = time.perf_counter() + SECONDS
+    while time.perf_counter() < stop or len(next(iter(times.values()))) < 5:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * sorted(values)[len(values) // 5] for name, values in times.items()}
+
+
+def fft_pair(x: Tensor) -> Tensor:
+    return torch.fft.irfft2(torch.fft.rfft2(x), s=x.shape[-2:])
+
+
+def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callable[[], object]]]:
+    """Name -> (operator, floors and plain forms of "A" and "A_dagger", what the floor is, deepinv's operator)."""
+    shape = (3, n, n)
+    x, small, gray = torch.randn(1, *shape), torch.randn(1, 3, n // 4, n // 4), torch.randn(1, 1, n, n)
+    keep, keep_small = random_mask(shape, 0.5), random_mask((3, n // 4, n // 4), 0.5)
+    kernel, size = gaussian_kernel(3.0, 61), {256: 320, 512: 576}[n]
+    padded = torch.randn(1, 3, size, size)
+    transfer = torch.fft.rfft2(torch.randn(n, n))
+    bicubic, blur = BicubicDownscale(shape, 4), Blur(kernel, shape, "reflect")
+    r, c = (table.value.float() for table in (bicubic.rows, bicubic.columns))
+    u, v = (table.float() for table in torch.linalg.svd(bicubic.rows.value, full_matrices=False)[::2])
+    b = blur.form.rows.value.float()
+    q = torch.linalg.qr(torch.randn(n, n)).Q
+    weights = torch.tensor([0.2126, 0.7152, 0.0722])
+
+    def physics(name: str, *args: object, **kwargs: object) -> object:
+        return getattr(importlib.import_module("deepinv").physics, name)(*args, **kwargs)
+
+    taps = kernel.float()[None, None]
+    return {
+        "mask": (
+            Mask(keep),
+            {"floor A": x.clone, "floor A_dagger": x.clone, "plain A": lambda: x * keep, "plain A_dagger": lambda: x * keep},
+            "copy",
+            lambda: physics("Inpainting", shape, mask=keep[0].expand(3, -1, -1)),
+        ),
+        "area x4": (
+            AreaDownscale(shape, 4),
+            {
+                "floor A": lambda: avg_pool2d(x, 4),
+                "floor A_dagger": lambda: interpolate(small, scale_factor=4),
+                "plain A": lambda: avg_pool2d(x, 4),
+                "plain A_dagger": lambda: interpolate(small, scale_factor=4),
+            },
+            "avg_pool2d, interpolate",
+            lambda: None,
+        ),
+        "mask @ area x4": (
+            Mask(keep_small) @ AreaDownscale(shape, 4),
+            {
+                "floor A": lambda: avg_pool2d(x, 4),
+                "floor A_dagger": lambda: interpolate(small, scale_factor=4),
+                "plain A": lambda: avg_pool2d(x, 4) * keep_small,
+                "plain A_dagger": lambda: interpolate(small * keep_small, scale_factor=4),
+            },
+            "avg_pool2d, interpolate",
+            lambda: None,
+        ),
+        "grayscale": (
+            Grayscale(shape),
+            {
+                "floor A": lambda: x[:, :2].clone(),
+                "floor A_dagger": lambda: x[:, :2].clone(),
+                "plain A": lambda: torch.einsum("bchw,c->bhw", x, weights)[:, None],
+                "plain A_dagger": lambda: gray * weights[:, None, None],
+            },
+            "copy of as many bytes",
+            lambda: physics("Decolorize"),
+        ),
+        "circular blur 61": (
+            Blur(kernel, shape),
+            {
+                "floor A": lambda: fft_pair(x),
+                "floor A_dagger": lambda: fft_pair(x),
+                "plain A": lambda: torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=(n, n)),
+                "plain A_dagger": lambda: torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=(n, n)),
+            },
+            "rfft2 + irfft2",
+            lambda: physics("BlurFFT", shape, filter=taps),
+        ),
+        "bicubic x4": (
+            bicubic,
+            {
+                "floor A": lambda: interpolate(x, scale_factor=0.25, mode="bicubic", antialias=True),
+                "floor A_dagger": lambda: interpolate(x, scale_factor=0.25, mode="bicubic", antialias=True),
+                "plain A": lambda: r @ x @ c.T,
+                "plain A_dagger": lambda: v.T @ (u.T @ small @ u) @ v,
+            },
+            "antialiased interpolate",
+            lambda: physics("Downsampling", shape, filter="bicubic", factor=4, padding="circular"),
+        ),
+        "gaussian blur 61, reflect": (
+            blur,
+            {
+                "floor A": lambda: fft_pair(padded),
+                "floor A_dagger": lambda: fft_pair(padded),
+                "plain A": lambda: b @ x @ b.T,
+                "plain A_dagger": lambda: q @ (q @ x @ q) @ q,
+            },
+            "rfft2 + irfft2, padded",
+            lambda: physics("Blur", filter=taps, padding="reflect"),
+        ),
+    }
+
+
+def table(n: int) -> list[str]:
+    """The markdown lines of one picture size."""
+    lines = []
+    for name, (operator, plain, what, physics) in rows(n).items():
+        x = torch.randn(1, *operator.in_shape)
+        y = operator.A(x)
+        calls = {
+            "ours A": lambda operator=operator, x=x: operator.A(x),
+            "ours A_adjoint": lambda operator=operator, y=y: operator.A_adjoint(y),
+            "ours A_dagger": lambda operator=operator, y=y: operator.A_dagger(y),
+            **plain,
+        }
+        other = peer(physics)
+        if other is not None:
+            z = other.A(x)
+            calls["deepinv A"] = lambda other=other, x=x: other.A(x)
+            calls["deepinv A_dagger"] = lambda other=other, z=z: other.A_dagger(z)
+        with torch.no_grad():
+            ms = percentile_times(calls)
+        cells = [f"{ms[f'ours {method}']:.2f}" for method in ("A", "A_adjoint", "A_dagger")]
+        for column in ("floor", "plain", "deepinv"):
+            for method in ("A", "A_dagger"):
+                theirs = ms.get(f"{column} {method}")
+                ratio = f" ({ms[f'ours {method}'] / theirs:.2f})" if theirs else ""
+                cells.append(f"{theirs:.2f}{ratio}" if theirs else "absent")
+        lines.append(f"| {name} | {n} | " + " | ".join(cells) + f" | {what} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def peer(physics: Callable[[], object]) -> object | None:
+    """deepinv's operator, or None where it is not installed or has none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return physics()
+        except ImportError:
+            return None
+
+
+def machine() -> str:
+    """Processor and versions, in a line."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    try:
+        deepinv = importlib.import_module("deepinv").__version__
+    except ImportError:
+        deepinv = "not installed"
+    cpu = f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, 1 thread"
+    return f"{cpu}; Python {platform.python_version()}, torch {torch.__version__}, deepinv {deepinv}"
+
+
+HEAD = """\
+# Operators: speed
+
+{machine}.
+
+Milliseconds for 3 channels, float32, batch 1; in brackets ours divided by theirs (below 1: ours is faster). All columns of a
+row are interleaved in one run; the machine is shared, so compare within rows only. *floor* is what cannot be avoided (named
+at the right), *plain* the simplest exact torch code for the same map.
+
+| operator | size | ours A | ours A_adjoint | ours A_dagger | floor A | floor A_dagger | plain A | plain A_dagger | deepinv A | \
+deepinv A_dagger | floor |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def main() -> None:
+    """Print the table and write it down."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    head = HEAD.format(machine=machine())
+    print(head)
+    lines = [head, *table(256), *table(512)]
+    (ROOT / "benchmarks" / "results" / "operators.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""Save and load operators and measurements: one .safetensors file with the tensors and a JSON description.
+
+    metadata   format      "posterior.operator" or "posterior.measurement"
+               version     "1"
+               operator    {"class": "Blur", "arguments": {"kernel": {"tensor": "operator.kernel"}, "in_shape": [3, 64, 64], ...}}
+               sigma       measurements only, [-1, 1] units
+    tensors    by the names that the description uses; "y" for a measurement
+
+An operator inside another (a composition, a stack) is described inside its argument. A file is data: it names one of the
+classes below and arguments of the kinds below, and everything else in it is an error.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .base import LinearOperator
+from .blur import Blur, _factors
+from .compose import Product
+from .dense import Dense
+from .downscale import AreaDownscale, BicubicDownscale, LanczosDownscale
+from .measurement import Measurement
+from .pixelwise import Grayscale, Identity, Mask, Scale
+from .stack import Stack
+
+VERSION = "1"
+MAX_SIDE = 16384  # of a picture; what a file declares is built in memory before any picture is seen
+MAX_PIXELS = 2**28
+MAX_OPERATORS = 64
+
+StrPath = str | os.PathLike[str]
+
+
+def save_operator(path: StrPath, operator: LinearOperator) -> None:
+    """Write an operator. Its loaded copy gives bit-identical results on the same machine.
+
+    Raises:
+        ValueError: an operator made outside this package (a deepinv adapter, a class of your own), or one made of such.
+    """
+    tensors: dict[str, Tensor] = {}
+    _save(path, "operator", tensors, operator=json.dumps(_describe(operator, "operator", tensors)))
+
+
+def load_operator(path: StrPath) -> LinearOperator:
+    """Read an operator, on the CPU. Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not an operator file of a known version, truncated or corrupt, or with arguments that do not fit.
+    """
+    with _Reader(path, "operator") as file:
+        operator = file.operator()
+        file.finish()
+    return operator
+
+
+def save_measurement(path: StrPath, measurement: Measurement) -> None:
+    """Write a measurement: y in its own dtype, operator and sigma ([-1, 1] units). Errors as for `save_operator`."""
+    tensors = {"y": measurement.y}
+    description = json.dumps(_describe(measurement.operator, "operator", tensors))
+    _save(path, "measurement", tensors, operator=description, sigma=json.dumps(float(measurement.sigma)))
+
+
+def load_measurement(path: StrPath) -> Measurement:
+    """Read a measurement, on the CPU. Errors as for `load_operator`."""
+    with _Reader(path, "measurement") as file:
+        operator = file.operator()
+        y = file.tensor("y", "y", (torch.float16, torch.bfloat16, torch.float32, torch.float64), 4)
+        sigma = _number("sigma", file.json("sigma"))
+        file.finish()
+        return file.build("measurement", lambda: Measurement(y, operator, sigma))
+
+
+# What is written for each class ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An argument that is a tensor."""
+
+    dtype: torch.dtype
+    ndim: int
+
+
+_Check = Callable[[str, object], object]  # (name, value from JSON) -> the argument, or ValueError
+_OPERATOR, _OPERATORS = "an operator", "operators"
+
+
+def _integer(name: str, value: object) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_SIDE:
+        raise ValueError(f"{name}: got {_short(value)}, expected an integer from 1 to {MAX_SIDE}")
+    return value
+
+
+def _number(name: str, value: object) -> float:
+    if type(value) not in (int, float) or not abs(value) < math.inf:
+        raise ValueError(f"{name}: got {_short(value)}, expected a finite number")
+    return float(value)
+
+
+def _numbers(name: str, value: object) -> tuple[float, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: got {_short(value)}, expected a list of numbers")
+    return tuple(_number(name, item) for item in value)
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: got {_short(value)}, expected a string")
+    return value
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: got {_short(value)}, expected true or false")
+    return value
+
+
+def _sizes(count: int) -> _Check:
+    def check(name: str, value: object) -> tuple[int, ...]:
+        if not isinstance(value, list) or len(value) != count:
+            raise ValueError(f"{name}: got {_short(value)}, expected {count} positive integers")
+        sizes = tuple(_integer(name, item) for item in value)
+        if math.prod(sizes) > MAX_PIXELS:
+            raise ValueError(f"{name}: got {list(sizes)}, expected at most {MAX_PIXELS} values")
+        return sizes
+
+    return check
+
+
+@dataclass(frozen=True)
+class _Record:
+    """How an operator is written down: the arguments that build it again.
+
+    Attributes:
+        arguments: name -> what it is.
+        read: name -> where to read it, for an argument that is not an attribute of the same name.
+        build: the class, or what calls it.
+    """
+
+    arguments: dict[str, "_Check | _Array | str"]
+    build: Callable[..., LinearOperator]
+    read: dict[str, Callable[[LinearOperator], object]] = field(default_factory=dict)
+
+
+def _build_blur(kernel: Tensor, in_shape: tuple[int, int, int], boundary: str, separable: bool) -> Blur:
+    blur = Blur(kernel, in_shape, boundary, normalize=False)
+    if separable and blur._factors is None:
+        # It was given in float32, and separates to float32's rounding only.
+        factors = _factors(kernel, 16 * torch.finfo(torch.float32).eps)
+        if factors is None:
+            raise ValueError("kernel: is not the product of a column and a row, as the file says")
+        blur.__dict__["_factors"] = factors
+        blur.__dict__["form"] = blur.form if boundary == "circular" else blur.as_separable()
+    return blur
+
+
+def _build_product(outer: LinearOperator, inner: LinearOperator) -> Product:
+    if outer.in_shape != inner.out_shape or (outer.batch != inner.batch and 1 not in (outer.batch, inner.batch)):
+        raise ValueError(f"outer and inner do not fit: {outer!r} after {inner!r}")
+    return Product(outer, inner)
+
+
+_SHAPE = _sizes(3)
+_RESAMPLING = {"in_shape": _SHAPE, "out_size": _sizes(2), "boundary": _text}
+
+# A new operator is one line here.
+_RECORDS: dict[type[LinearOperator], _Record] = {
+    Identity: _Record({"in_shape": _SHAPE}, Identity),
+    Scale: _Record({"in_shape": _SHAPE, "gain": _number}, Scale),
+    Mask: _Record({"keep": _Array(torch.uint8, 4), "channels": _integer}, Mask, {"channels": lambda mask: mask.in_shape[0]}),
+    Grayscale: _Record({"in_shape": _SHAPE, "weights": _numbers}, Grayscale),
+    AreaDownscale: _Record({"in_shape": _SHAPE, "factor": _integer}, AreaDownscale),
+    BicubicDownscale: _Record(_RESAMPLING, BicubicDownscale),
+    LanczosDownscale: _Record(_RESAMPLING, LanczosDownscale),
+    Blur: _Record(
+        {"kernel": _Array(torch.float64, 2), "in_shape": _SHAPE, "boundary": _text, "separable": _flag},
+        _build_blur,
+        {"separable": lambda blur: blur._factors is not None},
+    ),
+    Dense: _Record({"matrix": _Array(torch.float64, 2), "in_shape": _SHAPE, "out_shape": _SHAPE}, Dense),
+    Product: _Record({"outer": _OPERATOR, "inner": _OPERATOR}, _build_product),
+    Stack: _Record({"operators": _OPERATORS}, Stack),
+}
+_CLASSES = {cls.__name__: record for cls, record in _RECORDS.items()}
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def _describe(operator: LinearOperator, name: str, tensors: dict[str, Tensor]) -> dict[str, object]:
+    """The description of an operator; its tensors are added to `tensors` under names that start with `name`."""
+    record = _RECORDS.get(type(operator))
+    if record is None:
+        raise ValueError(
+            f"operator: {type(operator).__name__} cannot be saved, only {', '.join(_CLASSES)} and what is made of them"
+        )
+    arguments: dict[str, object] = {}
+    for key, kind in record.arguments.items():
+        value = record.read[key](operator) if key in record.read else getattr(operator, key)
+        path = f"{name}.{key}"
+        if isinstance(kind, _Array):
+            tensors[path] = value.to(kind.dtype)
+            arguments[key] = {"tensor": path}
+        elif kind is _OPERATOR:
+            arguments[key] = _describe(value, path, tensors)
+        elif kind is _OPERATORS:
+            arguments[key] = [_describe(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
+        else:
+            arguments[key] = value
+    return {"class": type(operator).__name__, "arguments": arguments}
+
+
+def _save(path: StrPath, kind: str, tensors: dict[str, Tensor], **metadata: str) -> None:
+    """Write beside the target and move into place, so that a stop half way leaves no broken file under its name."""
+    copies = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(copies, partial, metadata={"format": f"posterior.{kind}", "version": VERSION, **metadata})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """An open file; every problem with it is a ValueError that starts with its path."""
+
+    def __init__(self, path: StrPath, kind: str) -> None:
+        self._path, self._kind = os.fspath(path), kind
+        self._used: set[str] = set()
+        self._operators = 0
+
+    def __enter__(self) -> "_Reader":
+        if not os.path.isfile(self._path):
+            raise FileNotFoundError(f"{self._path}: no such file")
+        try:
+            self._file = safe_open(self._path, framework="pt", device="cpu").__enter__()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self._error(f"truncated, corrupt, or no safetensors file ({error})") from error
+        self._metadata = self._file.metadata() or {}
+        self._names = set(self._file.keys())
+        got = self._metadata.get("format")
+        if got != f"posterior.{self._kind}":
+            known = {"posterior.operator": "; use load_operator", "posterior.measurement": "; use load_measurement"}
+            raise self._error(f"its format is {_short(got)}, expected 'posterior.{self._kind}'{known.get(got, '')}")
+        if self._metadata.get("version") != VERSION:
+            version = _short(self._metadata.get("version"))
+            raise self._error(f"its version is {version}, and this program reads {VERSION!r}; update the node pack")
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        self._file.__exit__(None, None, None)
+        if isinstance(error, ValueError) and not str(error).startswith(self._path):
+            raise self._error(str(error)) from error
+
+    def json(self, key: str) -> object:
+        """A metadata entry."""
+        if key not in self._metadata:
+            raise self._error(f"has no metadata entry {key!r}")
+        try:
+            return json.loads(self._metadata[key])
+        except (ValueError, RecursionError) as error:
+            raise self._error(f"its metadata entry {key!r} is not JSON ({error})") from error
+
+    def operator(self) -> LinearOperator:
+        """The operator that the file describes."""
+        return self._operator("operator", self.json("operator"))
+
+    def tensor(self, name: str, key: str, dtypes: tuple[torch.dtype, ...], ndim: int) -> Tensor:
+        """The tensor stored under `key`, for the argument `name`."""
+        if key not in self._names:
+            raise self._error(f"{name}: has no tensor {_short(key)}")
+        try:
+            tensor = self._file.get_tensor(key)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise self._error(f"{name}: its tensor cannot be read ({error})") from error
+        if tensor.dtype not in dtypes or tensor.ndim != ndim:
+            expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            got = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+            raise self._error(f"{name}: its tensor is {got}, expected {expected} with {ndim} dimensions")
+        self._used.add(key)
+        return tensor.clone()  # not a view of the file, which may be written again
+
+    def build(self, name: str, make: Callable[[], object]) -> object:
+        """What `make` makes, any failure of it being the file's."""
+        try:
+            return make()
+        except Exception as error:
+            raise self._error(f"{name}: {error}") from error
+
+    def finish(self) -> None:
+        """Refuse what nobody asked for."""
+        if unused := sorted(self._names - self._used):
+            raise self._error(f"has tensors that its description does not use: {_short(unused)}")
+
+    def _operator(self, name: str, description: object) -> LinearOperator:
+        self._operators += 1
+        if self._operators > MAX_OPERATORS:
+            raise self._error(f"{name}: more than {MAX_OPERATORS} operators")
+        if not isinstance(description, dict) or set(description) != {"class", "arguments"}:
+            raise self._error(f'{name}: got {_short(description)}, expected {{"class": ..., "arguments": ...}}')
+        cls, given = description["class"], description["arguments"]
+        record = _CLASSES.get(cls) if isinstance(cls, str) else None
+        if record is None:
+            raise self._error(f"{name}: its class is {_short(cls)}, expected one of {', '.join(_CLASSES)}")
+        if not isinstance(given, dict) or set(given) != set(record.arguments):
+            got = sorted(given) if isinstance(given, dict) else given
+            raise self._error(f"{name}: {cls} has the arguments {_short(got)}, expected {sorted(record.arguments)}")
+        arguments = {key: self._argument(f"{name}.{key}", kind, given[key]) for key, kind in record.arguments.items()}
+        return self.build(f"{name} ({cls})", lambda: record.build(**arguments))
+
+    def _argument(self, name: str, kind: "_Check | _Array | str", value: object) -> object:
+        if isinstance(kind, _Array):
+            if not isinstance(value, dict) or set(value) != {"tensor"}:
+                raise self._error(f'{name}: got {_short(value)}, expected {{"tensor": its name}}')
+            return self.tensor(name, _text(name, value["tensor"]), (kind.dtype,), kind.ndim)
+        if kind is _OPERATOR:
+            return self._operator(name, value)
+        if kind is _OPERATORS:
+            if not isinstance(value, list):
+                raise self._error(f"{name}: got {_short(value)}, expected a list of operators")
+            return [self._operator(f"{name}.{i}", item) for i, item in enumerate(value)]
+        return kind(name, value)
+
+    def _error(self, message: str) -> ValueError:
+        return ValueError(f"{self._path}: {message}")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

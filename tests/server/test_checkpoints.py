@@ -1,0 +1,60 @@
+"""Models survive our sampler bit by bit, and a checkpoint from a file does what the demo prior does."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.server_prompts import SHORT, Prompt, add, inputs, psnr, relink, run, shipped, stock, titled
+from support.tiny_checkpoints import write_checkpoint
+
+from dev.server import Server
+from prior.export import write_stock_checkpoint
+
+WORKFLOW = "super_resolution_x8"
+
+
+@pytest.fixture(scope="module")
+def tiny(base: Path) -> Iterator[str]:
+    """File name of a tiny SD 1.5 with a random network and a VAE under which its latents are no black picture."""
+    path = write_checkpoint(base / "models" / "checkpoints" / "tiny_sd15.safetensors", "sd15", vae="box")
+    yield path.name
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
+def exported(base: Path) -> Iterator[str]:
+    """File name of the demo prior as `make checkpoint` writes it, 450 MB."""
+    path = base / "models" / "checkpoints" / "posterior_avatars.safetensors"
+    write_stock_checkpoint(path)
+    yield path.name
+    path.unlink()
+
+
+def check_unchanged(server: Server, prompt: Prompt, loader: str) -> None:
+    """A stock picture, our sampler, and the same stock picture again, all with one model object in the server's cache."""
+    before = run(server, stock(prompt))
+    assert before.std() > 5
+    run(server, prompt, cached=(loader,))
+    assert np.array_equal(run(server, stock(prompt), cached=(loader,)), before)
+
+
+def test_demo_prior_is_unchanged_by_a_run(server: Server) -> None:
+    check_unchanged(server, shipped(WORKFLOW, SHORT), "Load Demo Prior")
+
+
+def test_checkpoint_is_unchanged_by_a_run(server: Server, tiny: str) -> None:
+    prompt = shipped(WORKFLOW, 2)
+    checkpoint = add(prompt, "Load Checkpoint", "CheckpointLoaderSimple", ckpt_name=tiny)
+    relink(prompt, titled(prompt, "Load Demo Prior"), checkpoint, slots=(0, 2))  # it has no text encoder
+    check_unchanged(server, prompt, "Load Checkpoint")
+
+
+def test_exported_checkpoint_gives_the_same_picture(server: Server, exported: str) -> None:
+    prompt = shipped(WORKFLOW, SHORT)
+    expected = run(server, prompt)
+    # Nothing but the loader is swapped, as a user would; its own text encoder then reads the prompts.
+    loader = prompt[titled(prompt, "Load Demo Prior")]
+    loader.update(class_type="CheckpointLoaderSimple", inputs={"ckpt_name": exported})
+    inputs(prompt, "Positive Prompt")["text"] = "a portrait"
+    assert psnr(run(server, prompt), expected) >= 60

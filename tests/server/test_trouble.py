@@ -1,0 +1,141 @@
+"""Cancelled and wrong prompts: a clear message that names the input, and a server that goes on as if nothing had been."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from support.server_prompts import SHORT, WORKFLOWS, Prompt, add, inputs, keep, run, shipped, titled
+
+from dev.server import PromptFailed, Server
+
+
+@pytest.fixture(autouse=True)
+def usable_afterwards(server: Server, reference: np.ndarray) -> Iterator[None]:
+    yield
+    assert np.array_equal(run(server, shipped(WORKFLOWS[0], SHORT)), reference)
+
+
+def test_interrupt(server: Server) -> None:
+    steps, sent = [], 0.0
+
+    def interrupt(message: dict[str, Any]) -> None:
+        nonlocal sent
+        if message["type"] == "progress":
+            steps.append(message["data"]["value"])
+            if steps[-1] == 3:
+                server.post("/interrupt")
+                sent = time.monotonic()
+
+    with pytest.raises(PromptFailed, match="SamplerCustomAdvanced: interrupted"):
+        run(server, shipped(WORKFLOWS[0]), on_message=interrupt)
+    assert steps[-1] <= 5
+    assert time.monotonic() - sent < 5
+
+
+def mask_pattern(prompt: Prompt, width: int = 128, value: float = 0.0) -> str:
+    """Let Missing Pixels take a stock mask, and return that mask's node."""
+    mask = add(prompt, "mask", "SolidMask", value=value, width=width, height=128)
+    operator = prompt[titled(prompt, "Operator")]
+    operator["inputs"] = {"pattern": "mask", "pattern.mask": [mask, 0], "pattern.threshold": 0.5}
+    return mask
+
+
+def both_weights_zero(prompt: Prompt) -> None:
+    inputs(prompt, "PSLD Sampler").update(omega=0.0, gamma=0.0)
+
+
+def mask_as_operator(prompt: Prompt) -> None:
+    inputs(prompt, "Measure (simulate)")["operator"] = [mask_pattern(prompt), 0]
+
+
+def weight_out_of_range(prompt: Prompt) -> None:
+    inputs(prompt, "PSLD Sampler")["omega"] = 1e6
+
+
+def no_operator(prompt: Prompt) -> None:
+    del inputs(prompt, "Measure (simulate)")["operator"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (both_weights_zero, ("PosteriorSamplerPSLD", "omega and gamma are both 0", "set one above 0")),
+        (mask_as_operator, ("PosteriorMeasureSimulate", "operator", "MASK", "LINEAR_OPERATOR")),
+        (weight_out_of_range, ("PosteriorSamplerPSLD", "omega: got 1000000.0")),
+        (no_operator, ("PosteriorMeasureSimulate", "Required input is missing", "operator")),
+    ],
+)
+def test_refused_before_it_runs(server: Server, spoil: Callable[[Prompt], None], words: tuple[str, ...]) -> None:
+    prompt = shipped("inpaint_box", SHORT)
+    spoil(prompt)
+    with pytest.raises(PromptFailed, match="refused a part of the prompt"):  # the previews can run, and do
+        server.run(prompt)
+    with pytest.raises(PromptFailed, match="refused the prompt") as failed:  # nothing is left to run: HTTP 400
+        server.run(keep(prompt, "Result"))
+    assert all(word in str(failed.value) for word in words), failed.value
+
+
+def mask_of_another_size(prompt: Prompt) -> None:
+    mask_pattern(prompt, width=64)
+
+
+def mask_over_everything(prompt: Prompt) -> None:
+    mask_pattern(prompt, value=1.0)
+
+
+def box_outside(prompt: Prompt) -> None:
+    inputs(prompt, "Operator")["pattern.x"] = 100
+
+
+def linked_weights_zero(prompt: Prompt) -> None:
+    zero = add(prompt, "zero", "PrimitiveFloat", value=0.0)
+    inputs(prompt, "PSLD Sampler").update(omega=[zero, 0], gamma=[zero, 0])
+
+
+def colour_photo_as_grey(prompt: Prompt) -> None:
+    grey = add(prompt, "grey", "PosteriorGrayscale", weights="Rec.709")
+    measure = prompt[titled(prompt, "Measure (simulate)")]
+    measure["class_type"] = "PosteriorMeasurementFromPhoto"
+    measure["inputs"] = {"photo": measure["inputs"]["image"], "operator": [grey, 0], "sigma": 0.0}
+
+
+def empty_latent(prompt: Prompt, **size: int) -> None:
+    inputs(prompt, "Sample")["latent_image"] = [add(prompt, "empty", "EmptyLatentImage", **size), 0]
+
+
+def latent_of_another_size(prompt: Prompt) -> None:
+    empty_latent(prompt, width=128, height=64, batch_size=1)
+
+
+def latent_of_another_batch(prompt: Prompt) -> None:
+    inputs(prompt, "Demo Pictures")["count"] = 2
+    empty_latent(prompt, width=128, height=128, batch_size=3)
+
+
+def picture_no_latent_has(prompt: Prompt) -> None:
+    measure = inputs(prompt, "Measure (simulate)")
+    size = {"upscale_method": "area", "width": 100, "height": 128, "crop": "disabled"}
+    measure["image"] = [add(prompt, "resized", "ImageScale", image=measure["image"], **size), 0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (mask_of_another_size, ("PosteriorMeasureSimulate", "mask: is 64 x 128", "128 x 128")),
+        (box_outside, ("PosteriorMeasureSimulate", "expected a box inside 128 x 128")),
+        (linked_weights_zero, ("PosteriorSamplerPSLD", "omega and gamma are both 0")),
+        (colour_photo_as_grey, ("PosteriorMeasurementFromPhoto", "photo: is in colour")),
+        (mask_over_everything, ("PosteriorMask", "mask: covers the whole picture")),
+        (latent_of_another_size, ("SamplerCustomAdvanced", "latent_image: got (4, 8, 16)", "(4, 16, 16)", "Start Latent")),
+        (latent_of_another_batch, ("SamplerCustomAdvanced", "latent_image: got a batch of 3 for a measurement of 2")),
+        (picture_no_latent_has, ("measurement:", "100 x 128", "multiples of 8")),
+    ],
+)
+def test_fails_with_a_clear_message(server: Server, spoil: Callable[[Prompt], None], words: tuple[str, ...]) -> None:
+    prompt = shipped("inpaint_box", SHORT)
+    spoil(prompt)
+    with pytest.raises(PromptFailed) as failed:
+        server.run(keep(prompt, "Result"))
+    assert all(word in str(failed.value) for word in words), failed.value
