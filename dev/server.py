@@ -129,7 +129,8 @@ def running(python: str, comfyui: Path, base: Path, log: Path, *extra: str, wait
     server = Server(port := free_port(), log)
     with log.open("w") as stream:
         arguments = command(python, comfyui, base, port, "--database-url", "sqlite:///:memory:", *extra)
-        environment = {**os.environ, "NO_COLOR": "1"}
+        # Threads that spin while they wait make a busy machine seven times slower, and an idle one no faster.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "NO_COLOR": "1"}
         process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, cwd=base, env=environment)
         try:
             deadline = time.monotonic() + wait_s

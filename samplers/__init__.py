@@ -2,5 +2,6 @@
 
 from .pixels import enforce_consistency, fill_unseen
 from .psld import sample_psld
+from .states import State
 
-__all__ = ["enforce_consistency", "fill_unseen", "sample_psld"]
+__all__ = ["State", "enforce_consistency", "fill_unseen", "sample_psld"]
