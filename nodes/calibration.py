@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..operators import Blur, gaussian_kernel
-from ..operators.calibration import estimate_blur_from_edge, estimate_noise_sigma, estimate_stripe_mask
+from ..operators.calibration import estimate_blur_from_edge, estimate_gaussian_blur, estimate_noise_sigma, estimate_stripe_mask
 from . import host
 from .operators import kernel_picture
 from .types import CATEGORY, LinearOperatorType, OperatorRecipe, to_signal
@@ -68,13 +68,21 @@ class EstimateBlur(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PosteriorEstimateBlur",
-            display_name="Blur from an Edge",
+            display_name="Estimate Blur",
             category=f"{CATEGORY}/calibration",
-            description="Crop a straight edge that should be sharp; its width says how strong a Gaussian blur is. Says so when it cannot "
-            "tell.",
+            description="How strong a Gaussian blur is: from a crop of a straight edge that should be sharp (within a few percent), or from "
+            "the whole photo (within a factor of 1.5). Says so when it cannot tell.",
             search_aliases=["deblur", "point spread function", "slanted edge", "estimate blur"],
             hidden=[io.Hidden.unique_id],
-            inputs=[io.Image.Input("crop", tooltip="A crop of the photo with one straight edge between two even areas.")],
+            inputs=[
+                io.Image.Input("photo", tooltip="A crop with one straight edge between two even areas, or the whole photo."),
+                io.Combo.Input(
+                    "method",
+                    options=["edge", "whole photo"],
+                    default="edge",
+                    tooltip="edge: the picture is a crop of one edge. whole photo: a rough figure, when there is no such edge.",
+                ),
+            ],
             outputs=[
                 LinearOperatorType.Output("operator", tooltip="A Gaussian blur of this width, reflecting at the border."),
                 io.Float.Output("sigma", tooltip="Width of the blur in pixels, standard deviation."),
@@ -82,8 +90,9 @@ class EstimateBlur(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, crop: Tensor) -> io.NodeOutput:
-        found = estimate_blur_from_edge(to_signal("crop", crop))
+    def execute(cls, photo: Tensor, method: str) -> io.NodeOutput:
+        estimate = estimate_blur_from_edge if method == "edge" else estimate_gaussian_blur
+        found = estimate(to_signal("photo", photo))
         taps = gaussian_kernel(found.sigma)
         recipe = OperatorRecipe(f"gaussian blur of {found.sigma:.2f} pixels", lambda full: Blur(taps, full, "reflect"))
         host.show_text(cls, f"sigma {found.sigma:.2f} pixels ({found.low:.2f} to {found.high:.2f})")

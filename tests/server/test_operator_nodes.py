@@ -168,6 +168,28 @@ def test_stripes_are_found(server: Server) -> None:
     assert np.array_equal(lost, stripe_mask(FULL, **stripes)[0, 0].numpy() == 0)
 
 
+def test_blur_is_estimated_from_an_edge(server: Server) -> None:
+    """An edge between two even areas, blurred by 2 pixels; the operator that comes out is a blur of that width."""
+    prompt = prompt_with(
+        (NODE["blur"], {**dynamic("kernel", "gaussian", sigma=2.0, sigma_across=0.0, angle=0.0), "boundary": "reflect"})
+    )
+    for key, value in {"dark": 0.2, "bright": 0.5}.items():
+        solid = {"value": value, "width": 128 if key == "dark" else 64, "height": 128}
+        prompt[key] = {"class_type": "SolidMask", "inputs": solid, "_meta": {"title": key}}
+    edge = {"destination": ["dark", 0], "source": ["bright", 0], "x": 64, "y": 0, "operation": "add"}
+    prompt["edge"] = {"class_type": "MaskComposite", "inputs": edge, "_meta": {"title": "edge"}}
+    prompt["1"] = {"class_type": "MaskToImage", "inputs": {"mask": ["edge", 0]}, "_meta": {"title": "Truth"}}
+    prompt["2"]["inputs"]["sigma"] = 0.005
+    prompt["e"] = {
+        "class_type": "PosteriorEstimateBlur",
+        "inputs": {"photo": ["2", 1], "method": "edge"},
+        "_meta": {"title": "Estimate"},
+    }
+    prompt["t"] = {"class_type": "PreviewAny", "inputs": {"source": ["e", 1]}, "_meta": {"title": "Value"}}
+    found = float(server.run(prompt)["t"]["text"][0])
+    assert abs(found - 2.0) < 0.1
+
+
 def test_lost_pixels_are_a_mask(server: Server) -> None:
     prompt = prompt_with(CASES["box"][:2])
     prompt["m"] = {"class_type": "MaskToImage", "inputs": {"mask": ["2", 2]}, "_meta": {"title": "m"}}
