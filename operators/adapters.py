@@ -49,7 +49,9 @@ class DeepinvOperator(IterativeOperator):
             raise ValueError(f"physics: its A_adjoint gives {tuple(back.shape[1:])}, expected {self.in_shape}")
         forward, backward = float((y.double() ** 2).sum()), float((x.double() * back.double()).sum())
         if not abs(forward - backward) <= 1e-4 * abs(forward):
-            raise ValueError(f"physics: <A x, A x> = {forward:.6g} but <x, A_adjoint A x> = {backward:.6g}; not an adjoint pair")
+            raise ValueError(
+                f"physics: <A x, A x> = {forward:.6g} but <x, A_adjoint A x> = {backward:.6g}; not an adjoint pair"
+            )
 
     def _forward(self, x: Tensor) -> Tensor:
         return self.physics.A(x.to(self._device, torch.float32)).to(x)

@@ -224,10 +224,11 @@ class LinearOperator:
         if not isinstance(v, Tensor) or not v.is_floating_point():
             kind = v.dtype if isinstance(v, Tensor) else type(v).__name__
             raise ValueError(f"{name}: got {kind}, expected a floating-point tensor")
-        if v.ndim != 4 or tuple(v.shape[1:]) != shape:
-            raise ValueError(f"{name}: got shape {tuple(v.shape)}, expected (batch, {', '.join(map(str, shape))}) for {self!r}")
-        if self.batch not in (1, len(v)):
-            raise ValueError(f"{name}: got a batch of {len(v)}, expected {self.batch}, the images that {self!r} is made for")
+        got = v.shape
+        if len(got) != 4 or got[1:] != shape or got[0] == 0:
+            raise ValueError(f"{name}: got shape {tuple(got)}, expected (batch, {', '.join(map(str, shape))}) for {self!r}")
+        if self.batch not in (1, got[0]):
+            raise ValueError(f"{name}: got a batch of {got[0]}, expected {self.batch}, the images that {self!r} is made for")
 
     def _apply(self, name: str, v: Tensor, shape: Shape, run: Callable[[Tensor], Tensor]) -> Tensor:
         """Check an input, compute in float32 or float64, return in the input's dtype."""

@@ -14,7 +14,7 @@ class Blur(Delegate):
     """y[i] = sum_j k[j] x[i - j + c] for each channel: convolution, not correlation, with the kernel's centre c = h // 2.
 
     Closed forms: circular (2-D DFT), and separable kernels under every boundary (two 1-D SVDs). A kernel that does not
-    separate under another boundary has `exact` False; see `IterativeOperator` for its tolerances.
+    separate under another boundary has `exact` False; see `Krylov` for its tolerances.
 
     Args:
         kernel: (h, w), or with leading sizes 1, no larger than the picture.
@@ -40,12 +40,14 @@ class Blur(Delegate):
         if abs(taps.sum()) <= 1e-6 * taps.abs().sum() and (normalize or not taps.any()):
             raise ValueError(f"kernel: its sum is {float(taps.sum()):.3g}, expected a kernel that can be scaled to sum 1")
         taps = taps / taps.sum() if normalize else taps
+        # A product of two float32 factors is one to float32's rounding only. Where that decides between a closed form and
+        # iterations, the kernel in use becomes the product itself.
+        single = isinstance(kernel, Tensor) and kernel.dtype == torch.float32 and boundary != "circular"
+        self._factors = _factors(taps, 16 * torch.finfo(torch.float32 if single else torch.float64).eps)
+        taps = torch.outer(*self._factors) if single and self._factors else taps
         self.in_shape = self.out_shape = (c, h, w)
         self.boundary = boundary
         self._kernel = Table(taps)
-        # A kernel given in float32 separates to float32's rounding.
-        precision = kernel.dtype if isinstance(kernel, Tensor) and kernel.is_floating_point() else torch.float64
-        self._factors = _factors(taps, 16 * torch.finfo(precision).eps)
         if boundary == "circular":
             centred = torch.nn.functional.pad(taps, (0, w - taps.shape[1], 0, h - taps.shape[0]))
             self.form = Fourier(centred.roll((-(taps.shape[0] // 2), -(taps.shape[1] // 2)), (0, 1)), self.in_shape)
@@ -70,8 +72,7 @@ class PaddedBlur(IterativeOperator):
 
     def __init__(self, taps: Tensor, in_shape: Shape, boundary: str) -> None:
         _, h, w = self.in_shape = self.out_shape = in_shape
-        size = [n + taps - 1 for n, taps in zip((h, w), taps.shape, strict=True)]
-        self._fft_size = [_smooth_size(n) for n in size]
+        self._fft_size = [_smooth_size(n + t - 1) for n, t in zip((h, w), taps.shape, strict=True)]
         spread = torch.nn.functional.pad(taps, (0, self._fft_size[1] - taps.shape[1], 0, self._fft_size[0] - taps.shape[0]))
         # The first output that sees no wrapped pixel moves to 0, where the crop starts.
         self._transfer = Table(rfft2(spread.roll([1 - n for n in taps.shape], (0, 1))))

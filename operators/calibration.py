@@ -86,9 +86,16 @@ def estimate_noise_sigma(image: Tensor) -> NoiseEstimate:
         image: (B, C, H, W) in [-1, 1] units, 8-bit photos included; every channel counts the same.
 
     Raises:
-        ValueError: fewer than 256 usable blocks (too small, clipped or saturated, or flat fills), or not an image.
+        ValueError: fewer than 256 usable blocks (too small, clipped or saturated, or flat fills), a JPEG that has lost its fine
+            noise, or not an image.
     """
     image = _as_images("image", image)
+    for x in image:
+        if _jpeg_ratio(x) < 0.45:
+            raise ValueError(
+                "image: JPEG compression has removed the fine noise from it; what is left is not white, and no one sigma describes"
+                " it. Give sigma by hand (0.02 to 0.1), or take the uncompressed photo"
+            )
     estimates = torch.tensor([_noise(x) for x in image], dtype=torch.float64)
     return NoiseEstimate(*estimates.to(torch.float32).unbind(1))
 
@@ -141,6 +148,23 @@ def _noise(image: Tensor) -> tuple[float, float, float]:
     return sigma, low, max(sigma, middle) * (1 + 2 * error)
 
 
+def _jpeg_ratio(image: Tensor) -> float:
+    """Size of the high frequencies in blocks on JPEG's grid over that in blocks half way between: 1 without compression.
+
+    JPEG rounds them to zero on its own grid only; its seams have plenty. Seen: 0.9 to 1.4 with noise of 0.05 on any photo, below
+    0.45 where quality 75 to 95 has taken the noise away.
+    """
+    grey = image.mean(0)
+    dct = _dct_matrix(_BLOCK)
+    high = torch.arange(_BLOCK)[:, None] + torch.arange(_BLOCK) >= 8
+
+    def size(offset: int) -> float:
+        blocks = grey[offset:, offset:].unfold(0, _BLOCK, _BLOCK).unfold(1, _BLOCK, _BLOCK).reshape(-1, _BLOCK, _BLOCK)
+        return float((dct @ blocks @ dct.T)[:, high].abs().median())
+
+    return size(0) / max(size(4), 1e-9) if min(grey.shape) >= 4 * _BLOCK and size(4) > 0 else 1.0
+
+
 def _dct_matrix(n: int) -> Tensor:
     """Orthonormal DCT-II, (n, n) float64."""
     i = torch.arange(n, dtype=torch.float64)
@@ -158,8 +182,8 @@ def estimate_stripe_mask(image: Tensor) -> StripeEstimate:
     Dead: the distance of every line to the colour of the flattest one has a gap, of a factor 3, between the lost lines and
     all others. Outliers: so has the distance of every line to the most alike of its neighbours. In both cases the lost lines
     must be less smooth along themselves than the kept ones, so that a low-contrast picture is not taken for its own defect.
-    On photos with -1, 0 or noise in the lost lines, and noise of 0 and 0.05 on top, the mask is right to the line in 82 %,
-    refused in 16 % and wrong in 2 %: rows found where columns are lost, too, or black stripes on a black ground. So show it.
+    On 9 photos with -1, 0 or noise in the lost lines, and noise of 0 and 0.05 on top, the mask is right to the line in 86 %,
+    refused in 13 % and wrong in 1 %, where both rows and columns are lost and only the one or the other is found.
 
     Args:
         image: (1, C, H, W) in [-1, 1] units.
@@ -189,16 +213,16 @@ _GAP = 3.0
 
 def _lost_lines(image: Tensor) -> tuple[Tensor, float]:
     """Which rows of (C, H, W) are lost, (H,) bool, and by what margin."""
-    lines = image.transpose(0, 1)
+    lines = image.transpose(0, 1).float()
     lost, margin = torch.zeros(len(lines), dtype=torch.bool), math.inf
     colour = lines.median(2, keepdim=True).values
-    spread = (lines - colour).abs().flatten(1).quantile(0.8, 1)
+    spread = _quantile((lines - colour).abs(), 0.8)
     candidates = torch.ones_like(lost)
     for _ in range(12):  # the flattest line may be a sky; then the next flattest, of another colour
         if not candidates.any():
             break
         seed = int(torch.where(candidates, spread, math.inf).argmin())
-        distance = (lines - colour[seed]).abs().flatten(1).quantile(0.6, 1)
+        distance = _quantile((lines - colour[seed]).abs(), 0.6)
         below, above = _gaps(distance[~lost])[0]
         dead = (distance <= below) & ~lost
         if above / below > _GAP and dead[seed] and _is_loss(lines, lost, dead):
@@ -206,12 +230,19 @@ def _lost_lines(image: Tensor) -> tuple[Tensor, float]:
         candidates &= ~lost & (distance > max(1.3 * float(distance[seed]), 1.5 * _LEVEL))
         candidates[seed] = False
     kept = torch.nonzero(~lost).flatten()
-    below, above = _gaps(_distance_to_neighbours(lines[kept]))[-1]
+    distance = _distance_to_neighbours(lines[kept])
+    below, above = _gaps(distance)[-1]
     outlier = torch.zeros_like(lost)
-    outlier[kept[_distance_to_neighbours(lines[kept]) >= above]] = True
+    outlier[kept[distance >= above]] = True
     if above / below > _GAP and _is_loss(lines, lost, outlier, 2.0):
         lost, margin = lost | outlier, min(margin, above / below)
     return lost, margin
+
+
+def _quantile(lines: Tensor, q: float) -> Tensor:
+    """Of each line's values, (N, C, W) -> (N,)."""
+    values = lines.flatten(1)
+    return values.kthvalue(max(1, round(q * values.shape[1])), 1).values
 
 
 def _gaps(values: Tensor) -> list[tuple[float, float]]:
@@ -226,7 +257,8 @@ def _distance_to_neighbours(lines: Tensor) -> Tensor:
     best = torch.full((len(lines),), math.inf, dtype=lines.dtype)
     for k in range(1, min(8, len(lines) - 1) + 1):
         difference = (lines[k:] - lines[:-k]).abs().flatten(1).median(1).values
-        best[k:], best[:-k] = torch.minimum(best[k:], difference), torch.minimum(best[:-k], difference)
+        best[k:] = torch.minimum(best[k:], difference)
+        best[:-k] = torch.minimum(best[:-k], difference)
     return best
 
 
@@ -397,11 +429,12 @@ def estimate_gaussian_blur(image: Tensor) -> BlurEstimate:
     if min(image.shape[2:]) < 64:
         raise ValueError(f"image: got {image.shape[2]} x {image.shape[3]}, expected at least 64 x 64")
     noise = _noise(image[0])[0] / math.sqrt(image.shape[1])
-    grey = image.mean(1, keepdim=True)
+    top, left = (max(n - 1536, 0) // 2 for n in image.shape[2:])
+    grey = image[..., top : top + 1536, left : left + 1536].mean(1, keepdim=True)  # has edges enough
     for scale in (1.0, 1.5, 2.0):
         gradient, ratio = _strongest_edges(grey, scale)
         noise_of_gradient = noise / (scale**2 * math.sqrt(8 * math.pi))
-        if noise_of_gradient <= 0.1 * (float(ratio.median()) - 1) * float(gradient.median()):
+        if noise_of_gradient <= 0.05 * (float(ratio.median()) - 1) * float(gradient.median()):
             break
     else:
         raise ValueError(f"image: noise ({noise:.3f}) hides how wide its edges are; use a crop with one long edge instead")

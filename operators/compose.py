@@ -1,11 +1,11 @@
 """Composition outer @ inner: which products keep a closed form, and the iterative fallback for those that do not.
 
-    both diagonal A A^T (masks, area, grayscale, scale)    the product is diagonal again
-    both circular convolutions, subsampled or not          one transfer function
-    both separable                                         products of the 1-D matrices
-    inner with A A^T = c I (scale, grayscale, area)        (O I)(O I)^T = c O O^T: the outer's own calculus
-    outer grayscale or scale, inner the same per channel   they commute, which leads to the line above
-    either dense                                           a dense matrix
+both diagonal A A^T (masks, area, grayscale, scale)    the product is diagonal again
+both circular convolutions, subsampled or not          one transfer function
+both separable                                         products of the 1-D matrices
+inner with A A^T = c I (scale, grayscale, area)        (O I)(O I)^T = c O O^T: the outer's own calculus
+outer grayscale or scale, inner the same per channel   they commute, which leads to the line above
+either dense                                           a dense matrix
 """
 
 import torch

@@ -51,7 +51,7 @@ class AreaDownscale(PixelwiseGram):
             x = pad(x, (0, columns * k - w, 0, rows * k - h))
         # Whole rows are added first: that runs at the speed of memory, and leaves little for the strided columns.
         x = x.unflatten(-2, (rows, k)).sum(-2)
-        x = x.unflatten(-1, (columns, k)).sum(-1) if k > 4 else sum(x[..., j::k] for j in range(k))
+        x = x.unflatten(-1, (columns, k)).sum(-1) if k > 4 else sum((x[..., j::k] for j in range(1, k)), start=x[..., ::k])
         return x * self.eigenvalues.like(x)
 
     def _adjoint(self, y: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ classes below and arguments of the kinds below, and everything else in it is an 
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,7 @@ def _integer(name: str, value: object) -> int:
 
 
 def _number(name: str, value: object) -> float:
-    if type(value) not in (int, float) or not abs(value) < math.inf:
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name}: got {_short(value)}, expected a finite number")
     return float(value)
 
@@ -308,7 +309,7 @@ class _Reader:
     def _operator(self, name: str, description: object) -> LinearOperator:
         self._operators += 1
         if self._operators > MAX_OPERATORS:
-            raise self._error(f"{name}: more than {MAX_OPERATORS} operators")
+            raise self._error(f"it is made of more than {MAX_OPERATORS} operators")
         if not isinstance(description, dict) or set(description) != {"class", "arguments"}:
             raise self._error(f'{name}: got {_short(description)}, expected {{"class": ..., "arguments": ...}}')
         cls, given = description["class"], description["arguments"]

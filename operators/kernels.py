@@ -37,7 +37,7 @@ def disk_kernel(radius: float, size: int | tuple[int, int] | None = None) -> Ten
         size: taps, one number or (height, width); None fits the disk.
     """
     radius = _positive("radius", radius)
-    y, x = _grid(size, radius)
+    y, x = _grid(size, radius - 0.5)
     points = (torch.arange(16, dtype=torch.float64) + 0.5) / 16 - 0.5
     y2 = (y + points).square()  # (h, 16)
     x2 = (x[..., None] + points).square()  # (1, w, 16)

@@ -11,9 +11,7 @@ from torch import Tensor
 from .base import Shape, as_shape
 
 
-def box_mask(
-    shape: Shape, size: int | tuple[int, int], corner: tuple[int, int] | None = None, invert: bool = False
-) -> Tensor:
+def box_mask(shape: Shape, size: int | tuple[int, int], corner: tuple[int, int] | None = None, invert: bool = False) -> Tensor:
     """A lost rectangle (inpainting), or with `invert` a kept one (outpainting).
 
     Args:

@@ -24,13 +24,11 @@ class Measurement:
     sigma: float = 0.0
 
     def __post_init__(self) -> None:
-        expected = ", ".join(map(str, self.operator.out_shape))
-        if self.y.ndim != 4 or tuple(self.y.shape[1:]) != self.operator.out_shape:
-            raise ValueError(f"y: got shape {tuple(self.y.shape)}, expected (batch, {expected}) for {self.operator!r}")
+        self.operator._check("y", self.y, self.operator.out_shape)
         if not bool(torch.isfinite(self.y).all()):
             raise ValueError("y: has NaN or infinite values; the photo must be finite everywhere")
-        if not (math.isfinite(self.sigma) and self.sigma >= 0):
-            raise ValueError(f"sigma: got {self.sigma}, expected a finite number >= 0")
+        if not (isinstance(self.sigma, int | float) and math.isfinite(self.sigma) and self.sigma >= 0):
+            raise ValueError(f"sigma: got {self.sigma!r}, expected a finite number >= 0")
 
     def residual_norm(self, x: Tensor) -> Tensor:
         """||A x - y|| for each image, in [-1, 1] units. x: (B, *operator.in_shape) -> (B,)."""

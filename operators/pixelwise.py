@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .base import PixelwiseGram, Shape, Table, as_finite, as_shape
 from .separable import Separable
@@ -53,25 +54,34 @@ class _Bits(Table):
         return -self.value.to({4: torch.int32, 8: torch.int64}[dtype.itemsize])
 
 
-class _KeepBits(torch.autograd.Function):
-    """x where keep, else 0, as a bitwise and.
+def _keep(x: Tensor, bits: Tensor) -> Tensor:
+    """x where kept, else 0, as a bitwise and.
 
-    A product would let the NaN of a lost pixel through, and `torch.where` is 20 times slower on a random mask (one
-    branch for each pixel).
+    A product would let the NaN of a lost pixel through, and `torch.where` is 20 times slower on a random mask (one branch
+    for each pixel).
     """
+    return (x.view(bits.dtype) & bits).view(x.dtype)
+
+
+class _Keep(torch.autograd.Function):
+    """`_keep` with its gradient, which the bits hide from autograd."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, bits: Tensor) -> Tensor:
-        ctx.bits = bits
-        return (x.view(bits.dtype) & bits).view(x.dtype)
+    def forward(x: Tensor, bits: Tensor) -> Tensor:
+        return _keep(x, bits)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-        return _KeepBits.apply(gradient, ctx.bits), None
+        return _Keep.apply(gradient, *ctx.saved_tensors), None
 
     @staticmethod
     def jvp(ctx: torch.autograd.function.FunctionCtx, tangent: Tensor, _: None) -> Tensor:
-        return _KeepBits.apply(tangent, ctx.bits)
+        return _Keep.apply(tangent, *ctx.saved_tensors)
 
 
 class Mask(PixelwiseGram):
@@ -118,7 +128,8 @@ class Mask(PixelwiseGram):
         return Separable(torch.diag(rows), torch.diag(columns), self.in_shape[0])
 
     def _forward(self, x: Tensor) -> Tensor:
-        return _KeepBits.apply(x, self._bits.like(x))
+        differentiated = x.requires_grad or forward_ad.unpack_dual(x).tangent is not None
+        return (_Keep.apply if differentiated else _keep)(x, self._bits.like(x))
 
     _adjoint = _pinv = _project = _project_range = _forward
 
@@ -149,9 +160,13 @@ class Grayscale(PixelwiseGram):
         self.weights = tuple(values.tolist())
         self.eigenvalues = Table(values.square().sum().reshape(1, 1, 1, 1))
         self._row = Table(values)
+        self._pinv_row = Table(values / values.square().sum())
 
     def _forward(self, x: Tensor) -> Tensor:
         return (self._row.like(x) @ x.flatten(2)).unflatten(-1, x.shape[2:])[:, None]
 
     def _adjoint(self, y: Tensor) -> Tensor:
         return self._row.like(y)[:, None, None] * y
+
+    def _pinv(self, y: Tensor) -> Tensor:
+        return self._pinv_row.like(y)[:, None, None] * y

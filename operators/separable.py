@@ -42,6 +42,33 @@ def convolution_matrix(taps: Tensor, n: int, boundary: str) -> Tensor:
     return band_matrix(taps.flip(0).expand(n, size), first, n, boundary)
 
 
+Bands = tuple[tuple[Table, int, int], ...]
+
+
+def _bands(matrix: Tensor) -> Bands:
+    """Blocks of rows, each cut to the columns first..last that it uses: (block, first, last + 1)."""
+    rows, columns = matrix.shape
+    # Found by timing; below some 256 x 256 a single product wins.
+    height = max(32, 32 * rows // columns) if matrix.numel() >= 2**16 else rows
+    bands = []
+    for block in matrix.split(height):
+        used = block.any(0).nonzero().flatten().tolist() or [0]
+        bands.append((Table(block[:, used[0] : used[-1] + 1]), used[0], used[-1] + 1))
+    return tuple(bands)
+
+
+def _from_left(bands: Bands, x: Tensor) -> Tensor:
+    """M x."""
+    parts = [block.like(x) @ x[..., first:last, :] for block, first, last in bands]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+
+def _from_right(x: Tensor, bands: Bands) -> Tensor:
+    """x M^T."""
+    parts = [x[..., first:last] @ block.like(x).mT for block, first, last in bands]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
 class Separable(LinearOperator):
     """Y = R X C^T for each channel.
 
@@ -78,18 +105,43 @@ class Separable(LinearOperator):
         return Table(u_r), Table(vt_r.mT), Table(u_c), Table(vt_c.mT), Table(torch.outer(s_r, s_c))
 
     def _forward(self, x: Tensor) -> Tensor:
-        return self.rows.like(x) @ x @ self.columns.like(x).mT
+        if x.device.type != "cpu":
+            return self.rows.like(x) @ x @ self.columns.like(x).mT
+        rows, columns, _, _ = self._bands
+        return _from_right(_from_left(rows, x), columns)
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        return self.rows.like(y).mT @ (y @ self.columns.like(y))
+        if y.device.type != "cpu":
+            return self.rows.like(y).mT @ (y @ self.columns.like(y))
+        _, _, rows, columns = self._bands
+        return _from_left(rows, _from_right(y, columns))
+
+    @functools.cached_property
+    def _bands(self) -> tuple[Bands, Bands, Bands, Bands]:
+        """R, C, R^T and C^T without most of their zeros: two to four times faster on a CPU, where no launches count."""
+        r, c = self.rows.value, self.columns.value
+        return _bands(r), _bands(c), _bands(r.T), _bands(c.T)
 
     def _gram(self, y: Tensor, h: Spectral) -> Tensor:
         u_r, _, u_c, _, s = (table.like(y) for table in self._svd)
         return u_r @ (h(s.square()) * (u_r.mT @ y @ u_c)) @ u_c.mT
 
     def _back(self, y: Tensor, h: Spectral) -> Tensor:
-        u_r, v_r, u_c, v_c, s = (table.like(y) for table in self._svd)
-        return v_r @ ((s * h(s.square())) * (u_r.mT @ y @ u_c) @ v_c.mT)
+        s = self._svd[-1].like(y)
+        return self._to_picture(y, s * h(s.square()))
+
+    def _pinv(self, y: Tensor) -> Tensor:
+        return self._to_picture(y, self._inverses.like(y))
+
+    @functools.cached_property
+    def _inverses(self) -> Table:
+        s = self._svd[-1].value
+        return Table(s * self._inverse(s.square()))
+
+    def _to_picture(self, y: Tensor, factors: Tensor) -> Tensor:
+        """V (factors * U^T y)."""
+        u_r, v_r, u_c, v_c, _ = (table.like(y) for table in self._svd)
+        return v_r @ (factors * (u_r.mT @ y @ u_c) @ v_c.mT)
 
     def _spectral(self, x: Tensor, f: Spectral) -> Tensor:
         _, v_r, _, v_c, s = (table.like(x) for table in self._svd)

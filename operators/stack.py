@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .iterative import IterativeOperator
 from .base import LinearOperator
+from .iterative import IterativeOperator
 
 
 class Stack(IterativeOperator):
