@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..operators import Measurement
+from ..operators import ConvergenceError, Measurement
 from ..samplers import enforce_consistency
 from . import host
 from .types import CATEGORY, MeasurementType, to_image, to_signal
@@ -56,7 +56,13 @@ class Finish(io.ComfyNode):
         if len(measurement.y) not in (1, len(x)):
             raise ValueError(f"image: got a batch of {len(x)} for a measurement of {len(measurement.y)}; they must be equal")
         measurement = measurement.to("cpu", torch.float64)
-        finished = to_image(enforce_consistency(x, measurement, 2 * error))
+        try:
+            finished = to_image(enforce_consistency(x, measurement, 2 * error))
+        except ConvergenceError as fault:
+            raise ValueError(
+                f"measurement: this operator cannot be met exactly ({fault}). Give its Measurement node a sigma above 0; 0.002 stands "
+                "for the rounding of an 8-bit photo"
+            ) from fault
         before, after = (residual(to_signal("image", v), measurement) for v in (image, finished))
         noise = "" if measurement.sigma == 0 else f" (noise {measurement.sigma / 2:.3g})"
         text = "\n".join(f"|A x - y| {b:.1e} -> {a:.1e}{noise}" for b, a in zip(before, after, strict=True))

@@ -74,6 +74,11 @@ class SamplerPSLD(io.ComfyNode):
             raise ValueError(fault)
         if vae is not None:
             host.latent_size(vae, measurement.operator.in_shape)
+        if gamma > 0 and glue == "pinv" and not measurement.operator.exact:
+            raise ValueError(
+                "glue: this operator has no closed pseudo-inverse, and an iterative one in every step would take hours. Set glue to "
+                "adjoint or gamma to 0; or, for a blur, its boundary to circular"
+            )
         options = {"omega": omega, "gamma": gamma, "eta": eta, "glue": glue}
         return io.NodeOutput(host.stock_sampler(sample_psld, measurement, vae, **options))
 

@@ -10,6 +10,7 @@ An operator inside another (a composition, a stack) is described inside its argu
 classes below and arguments of the kinds below, and everything else in it is an error.
 """
 
+import functools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .base import LinearOperator
-from .blur import Blur, _factors
+from .blur import Blur
 from .compose import Product
 from .dense import Dense
 from .downscale import AreaDownscale, BicubicDownscale, LanczosDownscale
@@ -119,12 +120,6 @@ def _text(name: str, value: object) -> str:
     return value
 
 
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: got {_short(value)}, expected true or false")
-    return value
-
-
 def _sizes(count: int) -> _Check:
     def check(name: str, value: object) -> tuple[int, ...]:
         if not isinstance(value, list) or len(value) != count:
@@ -152,18 +147,6 @@ class _Record:
     read: dict[str, Callable[[LinearOperator], object]] = field(default_factory=dict)
 
 
-def _build_blur(kernel: Tensor, in_shape: tuple[int, int, int], boundary: str, separable: bool) -> Blur:
-    blur = Blur(kernel, in_shape, boundary, normalize=False)
-    if separable and blur._factors is None:
-        # It was given in float32, and separates to float32's rounding only.
-        factors = _factors(kernel, 16 * torch.finfo(torch.float32).eps)
-        if factors is None:
-            raise ValueError("kernel: is not the product of a column and a row, as the file says")
-        blur.__dict__["_factors"] = factors
-        blur.__dict__["form"] = blur.form if boundary == "circular" else blur.as_separable()
-    return blur
-
-
 def _build_product(outer: LinearOperator, inner: LinearOperator) -> Product:
     if outer.in_shape != inner.out_shape or (outer.batch != inner.batch and 1 not in (outer.batch, inner.batch)):
         raise ValueError(f"outer and inner do not fit: {outer!r} after {inner!r}")
@@ -182,10 +165,9 @@ _RECORDS: dict[type[LinearOperator], _Record] = {
     AreaDownscale: _Record({"in_shape": _SHAPE, "factor": _integer}, AreaDownscale),
     BicubicDownscale: _Record(_RESAMPLING, BicubicDownscale),
     LanczosDownscale: _Record(_RESAMPLING, LanczosDownscale),
+    # The kernel in use is saved, which is normalised if it shall be.
     Blur: _Record(
-        {"kernel": _Array(torch.float64, 2), "in_shape": _SHAPE, "boundary": _text, "separable": _flag},
-        _build_blur,
-        {"separable": lambda blur: blur._factors is not None},
+        {"kernel": _Array(torch.float64, 2), "in_shape": _SHAPE, "boundary": _text}, functools.partial(Blur, normalize=False)
     ),
     Dense: _Record({"matrix": _Array(torch.float64, 2), "in_shape": _SHAPE, "out_shape": _SHAPE}, Dense),
     Product: _Record({"outer": _OPERATOR, "inner": _OPERATOR}, _build_product),

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .base import PixelwiseGram, Shape, Table, as_finite, as_shape
 from .separable import Separable
@@ -47,45 +46,8 @@ class Scale(PixelwiseGram):
     _adjoint = _forward
 
 
-class _Bits(Table):
-    """A 0/1 table as bit patterns of the width of a float: all bits set on 1, none on 0."""
-
-    def _cast(self, dtype: torch.dtype) -> Tensor:
-        return -self.value.to({4: torch.int32, 8: torch.int64}[dtype.itemsize])
-
-
-def _keep(x: Tensor, bits: Tensor) -> Tensor:
-    """x where kept, else 0, as a bitwise and.
-
-    A product would let the NaN of a lost pixel through, and `torch.where` is 20 times slower on a random mask (one branch
-    for each pixel).
-    """
-    return (x.view(bits.dtype) & bits).view(x.dtype)
-
-
-class _Keep(torch.autograd.Function):
-    """`_keep` with its gradient, which the bits hide from autograd."""
-
-    @staticmethod
-    def forward(x: Tensor, bits: Tensor) -> Tensor:
-        return _keep(x, bits)
-
-    @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Keep.apply(gradient, *ctx.saved_tensors), None
-
-    @staticmethod
-    def jvp(ctx: torch.autograd.function.FunctionCtx, tangent: Tensor, _: None) -> Tensor:
-        return _Keep.apply(tangent, *ctx.saved_tensors)
-
-
 class Mask(PixelwiseGram):
-    """A x = keep * x: pixels with keep = 1 are observed, the others are lost and read 0, whatever stands in them.
+    """A x = keep * x: pixels with keep = 1 are observed, the others are lost and read 0.
 
     Args:
         keep: (1 or B, 1 or C, H, W), exactly 0 or 1 (bool, integer or float); one mask per image when the first size is B,
@@ -110,7 +72,6 @@ class Mask(PixelwiseGram):
         self.in_shape = self.out_shape = as_shape("in_shape", (in_channels, *keep.shape[2:]))
         self.batch = len(keep)
         self.eigenvalues = Table(keep)  # a projector is its own A A^T
-        self._bits = _Bits(keep)
 
     @property
     def keep(self) -> Tensor:
@@ -128,8 +89,7 @@ class Mask(PixelwiseGram):
         return Separable(torch.diag(rows), torch.diag(columns), self.in_shape[0])
 
     def _forward(self, x: Tensor) -> Tensor:
-        differentiated = x.requires_grad or forward_ad.unpack_dual(x).tangent is not None
-        return (_Keep.apply if differentiated else _keep)(x, self._bits.like(x))
+        return x * self.eigenvalues.like(x)
 
     _adjoint = _pinv = _project = _project_range = _forward
 

@@ -144,6 +144,10 @@ class Case:
         u, s, vt = torch.linalg.svd(self.matrix)
         return u, padded(s**2, len(u)), padded(s**2, len(vt)), vt.T
 
+    @functools.cached_property
+    def pinv(self) -> Tensor:
+        return torch.linalg.pinv(self.matrix, rtol=1e-6)
+
 
 def padded(values: Tensor, n: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, n - len(values)))

@@ -139,3 +139,21 @@ def test_fails_with_a_clear_message(server: Server, spoil: Callable[[Prompt], No
     with pytest.raises(PromptFailed) as failed:
         server.run(keep(prompt, "Result"))
     assert all(word in str(failed.value) for word in words), failed.value
+
+
+def disk_blur(prompt: Prompt) -> None:
+    prompt[titled(prompt, "Operator")].update(
+        class_type="PosteriorBlur",
+        inputs={"kernel": "disk", "kernel.radius": 3.0, "boundary": "reflect"},
+    )
+
+
+def test_iterative_pseudo_inverse_is_not_taken_into_every_step(server: Server) -> None:
+    prompt = shipped("super_resolution_x8", SHORT)
+    disk_blur(prompt)
+    with pytest.raises(PromptFailed, match=r"glue: this operator has no closed pseudo-inverse.*adjoint.*circular"):
+        server.run(keep(prompt, "Result"))
+    # What the message proposes works; and with a little noise Finish needs no exact solution.
+    inputs(prompt, "PSLD Sampler")["glue"] = "adjoint"
+    inputs(prompt, "Measure (simulate)")["sigma"] = 0.01
+    assert run(server, keep(prompt, "Result")).shape == (128, 128, 3)
