@@ -11,3 +11,4 @@ if __name__ == "__main__":
     if len(sys.argv) != 2 or not sys.argv[1].endswith(".safetensors"):
         sys.exit(__doc__)
     write_stock_checkpoint(sys.argv[1])
+    print(f"written: {sys.argv[1]}")

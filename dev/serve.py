@@ -1,11 +1,14 @@
 """make serve: ComfyUI with the pack and its templates, until Ctrl-C. Arguments go to ComfyUI, for example --cpu."""
 
-import subprocess
+import os
+import socket
 import sys
 from pathlib import Path
 
 from server import command, free_port
 from setup_host import SetupError, prepare
+
+PORT = 8188  # ComfyUI's own, when nobody has it
 
 
 def has_gpu() -> bool:
@@ -14,20 +17,37 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
+def pick_port() -> int:
+    with socket.socket() as s:
+        return PORT if s.connect_ex(("127.0.0.1", PORT)) else free_port()
+
+
+def model_folders(comfyui: Path, base: Path) -> list[str]:
+    """Let the server see the models of a checkout the user named, which --base-directory would hide."""
+    folders = sorted(path.name for path in (comfyui / "models").iterdir() if path.is_dir())
+    lines = ["theirs:", f"  base_path: {comfyui}", *(f"  {name}: models/{name}" for name in folders)]
+    config = base / "extra_model_paths.yaml"
+    config.write_text("\n".join(lines) + "\n")
+    return ["--extra-model-paths-config", str(config)]
+
+
 def main() -> int:
     try:
         paths = prepare()
     except SetupError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return 1
-    port = free_port()
+    base, port = paths["base"], pick_port()
     extra = sys.argv[1:] or ([] if has_gpu() else ["--cpu"])
-    print(f"ComfyUI will answer at http://127.0.0.1:{port} ; the templates are under Templates > comfyui-posterior", flush=True)
-    arguments = command(sys.executable, Path(paths["comfyui"]), Path(paths["base"]), port, *extra)
-    try:
-        return subprocess.run(arguments, check=False, cwd=paths["base"]).returncode
-    except KeyboardInterrupt:
-        return 0
+    extra += ["--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}"]
+    if os.environ.get("COMFYUI_DIR"):
+        extra += model_folders(paths["comfyui"], base)
+    print(f"ComfyUI will answer at http://127.0.0.1:{port} ; the templates are under Templates > comfyui-posterior.")
+    print(f"Models go into {base / 'models'}, results into {base / 'output'}. Ctrl-C stops it.", flush=True)
+    os.chdir(base)
+    # Replaced, not started beside: a signal then reaches ComfyUI itself.
+    arguments = command(sys.executable, paths["comfyui"], base, port, *extra)
+    return os.execv(arguments[0], arguments)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ prints where they are, one `key=value` a line:
 Everything is keyed by the pins below: a second run only checks markers, a changed pin makes a new environment.
 """
 
+from __future__ import annotations  # so that an old Python gets as far as the message about its version
+
 import argparse
 import contextlib
 import fcntl

@@ -1,5 +1,9 @@
 """Calibration nodes: what happened to the photo, read from the photo itself."""
 
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
 from comfy_api.latest import io, ui
 from torch import Tensor
 
@@ -8,6 +12,16 @@ from ..operators.calibration import estimate_blur_from_edge, estimate_gaussian_b
 from . import host
 from .operators import kernel_picture
 from .types import CATEGORY, LinearOperatorType, OperatorRecipe, to_signal
+
+Estimate = TypeVar("Estimate")
+
+
+def of_photo(estimate: Callable[[Tensor], Estimate], photo: Tensor) -> Estimate:
+    """Run an estimator, and let its refusal name the node's input."""
+    try:
+        return estimate(to_signal("photo", photo))
+    except ValueError as refusal:
+        raise ValueError(re.sub(r"^(image|crop):", "photo:", str(refusal))) from refusal
 
 
 class EstimateNoise(io.ComfyNode):
@@ -31,7 +45,7 @@ class EstimateNoise(io.ComfyNode):
 
     @classmethod
     def execute(cls, photo: Tensor) -> io.NodeOutput:
-        found = estimate_noise_sigma(to_signal("photo", photo))
+        found = of_photo(estimate_noise_sigma, photo)
         rows = zip(found.sigma.tolist(), found.low.tolist(), found.high.tolist(), strict=True)
         lines = [f"noise {s / 2:.4f} ({low / 2:.4f} to {high / 2:.4f})" for s, low, high in rows]
         values = (float(v.mean()) / 2 for v in (found.sigma, found.low, found.high))
@@ -55,7 +69,7 @@ class EstimateStripes(io.ComfyNode):
 
     @classmethod
     def execute(cls, photo: Tensor) -> io.NodeOutput:
-        found = estimate_stripe_mask(to_signal("photo", photo))
+        found = of_photo(estimate_stripe_mask, photo)
         regular = "" if found.period is None else f", {found.width} wide every {found.period}, the first at {found.offset}"
         lost = 1 - found.keep[:, 0].float()
         text = f"{found.lines} lost lines, {found.orientation}{regular}"
@@ -92,7 +106,7 @@ class EstimateBlur(io.ComfyNode):
     @classmethod
     def execute(cls, photo: Tensor, method: str) -> io.NodeOutput:
         estimate = estimate_blur_from_edge if method == "edge" else estimate_gaussian_blur
-        found = estimate(to_signal("photo", photo))
+        found = of_photo(estimate, photo)
         taps = gaussian_kernel(found.sigma)
         recipe = OperatorRecipe(f"gaussian blur of {found.sigma:.2f} pixels", lambda full: Blur(taps, full, "reflect"))
         host.show_text(cls, f"sigma {found.sigma:.2f} pixels ({found.low:.2f} to {found.high:.2f})")

@@ -65,7 +65,10 @@ class Finish(io.ComfyNode):
             ) from fault
         before, after = (residual(to_signal("image", v), measurement) for v in (image, finished))
         noise = "" if measurement.sigma == 0 else f" (noise {measurement.sigma / 2:.3g})"
-        text = "\n".join(f"|A x - y| {b:.1e} -> {a:.1e}{noise}" for b, a in zip(before, after, strict=True))
+        lines = [f"|A x - y| {b:.1e} -> {a:.1e}{noise}" for b, a in zip(before, after, strict=True)]
+        if max(before) < 0.3 * measurement.sigma / 2:
+            lines.append("far below the noise: sigma is probably too high")
+        text = "\n".join(lines)
         host.show_text(cls, text)
         return io.NodeOutput(finished, max(after), ui=ui.PreviewText(text))
 

@@ -268,10 +268,13 @@ def latent_size(vae: Any, in_shape: tuple[int, int, int]) -> tuple[int, int, int
     check_vae(vae)
     channels, height, width = in_shape
     ratio = vae.upscale_ratio
-    if channels != 3 or height % ratio or width % ratio:
+    if channels != 3:
+        raise ValueError(f"measurement: the restored picture has {channels} channels; this VAE makes RGB pictures, with 3")
+    if height % ratio or width % ratio:
         raise ValueError(
-            f"measurement: the restored picture is {width} x {height} with {channels} channels; this VAE makes pictures with 3 "
-            f"channels and sides that are multiples of {ratio}. Pad or crop the photo to such a size first"
+            f"measurement: the restored picture would be {width} x {height}, but this VAE makes pictures whose sides are multiples of "
+            f"{ratio}. Crop or pad the photo so that they become so, for example {-(-width // ratio) * ratio} x "
+            f"{-(-height // ratio) * ratio}; with a downscale operator the photo's own sides are that divided by the factor"
         )
     return vae.latent_channels, height // ratio, width // ratio
 

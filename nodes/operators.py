@@ -140,10 +140,23 @@ class MissingPixels(io.ComfyNode):
         if kind == "box":
             corner, size = (given["y"], given["x"]), (given["height"], given["width"])
             shape = (3, max(PREVIEW, corner[0] + size[0]), max(PREVIEW, corner[1] + size[1]))
-            return f"a missing box of {size[1]} x {size[0]}", lambda full: box_mask(full, size, corner), shape
+
+            def box(full: Shape) -> Tensor:
+                if corner[0] + size[0] > full[1] or corner[1] + size[1] > full[2]:
+                    raise ValueError(
+                        f"box: reaches to x = {corner[1] + size[1]}, y = {corner[0] + size[0]}, beyond the picture of {full[2]} x "
+                        f"{full[1]}; lower x, y, width or height"
+                    )
+                return box_mask(full, size, corner)
+
+            return f"a missing box of {size[1]} x {size[0]}", box, shape
         if kind == "random":
             lost, seed, each = given["fraction"], given["seed"], given["per_channel"]
             return f"{lost:.0%} of the pixels missing", lambda full: random_mask(full, lost, seed, each), nominal
+        if 0 < given["period"] <= given["width"]:
+            raise ValueError(
+                f"pattern: stripes {given['width']} wide every {given['period']} lines leave nothing; raise period or lower width"
+            )
         lines = {key: given[key] for key in ("width", "offset", "direction", "fraction", "seed")}
         return "missing lines", lambda full: stripe_mask(full, given["period"] or None, **lines), nominal
 
@@ -151,6 +164,11 @@ class MissingPixels(io.ComfyNode):
     def _from_mask(mask: Tensor, threshold: float) -> tuple[str, Callable[[Shape], Tensor], Shape]:
         mask = mask[None] if mask.ndim == 2 else mask
         keep = (mask < threshold)[:, None].float()
+        if bool(keep.all()):
+            raise ValueError(
+                "mask: marks no pixel. Paint the hole: right-click the picture in Load Image, Open in Mask Editor (an unpainted picture "
+                "gives an empty mask)"
+            )
         if not bool(keep.flatten(1).any(1).all()):
             raise ValueError("mask: covers the whole picture, so that nothing is known; invert it if it marks what to keep")
         height, width = keep.shape[-2:]
@@ -320,7 +338,16 @@ class BlurOperator(io.ComfyNode):
             if len(kernel["image"]) != 1:
                 raise ValueError(f"image: got a batch of {len(kernel['image'])}, expected one picture of the blur")
             taps = image_kernel(kernel["image"][0].movedim(-1, 0))
-        recipe = OperatorRecipe(f"{kind} blur", lambda full: Blur(taps, full, boundary)).after(operator)
+
+        def bind(full: Shape) -> Blur:
+            if taps.shape[0] > full[1] or taps.shape[1] > full[2]:
+                raise ValueError(
+                    f"kernel: the blur is {taps.shape[1]} x {taps.shape[0]} pixels, more than the picture of {full[2]} x {full[1]}; "
+                    "make it smaller (sigma, length, radius or the kernel's picture)"
+                )
+            return Blur(taps, full, boundary)
+
+        recipe = OperatorRecipe(f"{kind} blur", bind).after(operator)
         return io.NodeOutput(recipe, ui=ui.PreviewImage(kernel_picture(taps), cls=cls))
 
 

@@ -93,8 +93,8 @@ def estimate_noise_sigma(image: Tensor) -> NoiseEstimate:
     for x in image:
         if _jpeg_ratio(x) < 0.45:
             raise ValueError(
-                "image: JPEG compression has removed the fine noise from it; what is left is not white, and no one sigma describes"
-                " it. Give sigma by hand (0.02 to 0.1), or take the uncompressed photo"
+                "image: has no fine noise left (JPEG compression, smoothing, or a drawn picture), so that no one sigma describes "
+                "it. Give sigma by hand, 0 for a clean picture, or take the photo as it came from the camera"
             )
     estimates = torch.tensor([_noise(x) for x in image], dtype=torch.float64)
     return NoiseEstimate(*estimates.to(torch.float32).unbind(1))
@@ -347,7 +347,8 @@ def estimate_blur_from_edge(crop: Tensor) -> BlurEstimate:
     structure = rms * math.sqrt(correlated / len(lags))  # what is left of the residual in means over 5 x 5 pixels
     if not height > max(4 * rms, 12 * structure):
         raise ValueError(
-            f"crop: no clear straight edge, its height {height:.3f} is not far above what is unexplained, {rms:.3f}"
+            f"crop: no clear straight edge, its height {height:.3f} is not far above what is unexplained, {rms:.3f}; "
+            "crop one straight edge between two even areas"
         )
     if not min(-float(along.min()), float(along.max())) > 2 * width:
         raise ValueError(

@@ -116,4 +116,5 @@ def write_stock_checkpoint(path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     save_file(stock_checkpoint(), part, METADATA)
+    part.chmod(0o644)  # safetensors makes it readable by its owner only
     os.replace(part, path)

@@ -78,7 +78,26 @@ def test_refused_before_it_runs(server: Server, spoil: Callable[[Prompt], None],
 
 
 def mask_of_another_size(prompt: Prompt) -> None:
+    """A painted one: half of a 64 x 128 mask."""
+    empty = mask_pattern(prompt, width=64)
+    dot = add(prompt, "dot", "SolidMask", value=1.0, width=32, height=32)
+    painted = add(prompt, "painted", "MaskComposite", destination=[empty, 0], source=[dot, 0], x=0, y=0, operation="add")
+    inputs(prompt, "Operator")["pattern.mask"] = [painted, 0]
+
+
+def mask_of_nothing(prompt: Prompt) -> None:
     mask_pattern(prompt, width=64)
+
+
+def blur_wider_than_the_picture(prompt: Prompt) -> None:
+    values = {
+        "kernel": "gaussian",
+        "kernel.sigma": 60.0,
+        "kernel.sigma_across": 0.0,
+        "kernel.angle": 0.0,
+        "boundary": "circular",
+    }
+    prompt[titled(prompt, "Operator")].update(class_type="PosteriorBlur", inputs=values)
 
 
 def mask_over_everything(prompt: Prompt) -> None:
@@ -124,9 +143,11 @@ def picture_no_latent_has(prompt: Prompt) -> None:
     ("spoil", "words"),
     [
         (mask_of_another_size, ("PosteriorMeasureSimulate", "mask: is 64 x 128", "128 x 128")),
-        (box_outside, ("PosteriorMeasureSimulate", "expected a box inside 128 x 128")),
+        (box_outside, ("PosteriorMeasureSimulate", "beyond the picture of 128 x 128")),
         (linked_weights_zero, ("PosteriorSamplerPSLD", "omega and gamma are both 0")),
         (colour_photo_as_grey, ("PosteriorMeasurementFromPhoto", "photo: is in colour")),
+        (mask_of_nothing, ("PosteriorMask", "mask: marks no pixel", "Mask Editor")),
+        (blur_wider_than_the_picture, ("PosteriorMeasureSimulate", "more than the picture of 128 x 128", "sigma")),
         (mask_over_everything, ("PosteriorMask", "mask: covers the whole picture")),
         (latent_of_another_size, ("SamplerCustomAdvanced", "latent_image: got (4, 8, 16)", "(4, 16, 16)", "Start Latent")),
         (latent_of_another_batch, ("SamplerCustomAdvanced", "latent_image: got a batch of 3 for a measurement of 2")),
