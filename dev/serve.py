@@ -24,7 +24,7 @@ def pick_port() -> int:
 
 def model_folders(comfyui: Path, base: Path) -> list[str]:
     """Let the server see the models of a checkout the user named, which --base-directory would hide."""
-    folders = sorted(path.name for path in (comfyui / "models").iterdir() if path.is_dir())
+    folders = sorted(path.name for path in (comfyui / "models").glob("*/"))
     lines = ["theirs:", f"  base_path: {comfyui}", *(f"  {name}: models/{name}" for name in folders)]
     config = base / "extra_model_paths.yaml"
     config.write_text("\n".join(lines) + "\n")

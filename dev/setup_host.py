@@ -175,10 +175,14 @@ def environment(cache: Path, comfyui: Path) -> Path:
 
 
 def base_directory(cache: Path) -> Path:
-    """ComfyUI's --base-directory for this checkout, with the pack linked in. Bases of deleted checkouts are removed."""
+    """ComfyUI's --base-directory for this checkout, with the pack linked in.
+
+    Bases of deleted checkouts are removed, unless somebody put models, inputs or results there.
+    """
     bases = cache / "bases"
     for old in bases.glob("*"):
-        if not (old / "custom_nodes" / PACK).exists():
+        kept = any(path.is_file() for name in ("models", "input", "output") for path in (old / name).rglob("*"))
+        if not (old / "custom_nodes" / PACK).exists() and not kept:
             shutil.rmtree(old)
     base = bases / digest(str(ROOT))
     for name in ("models/checkpoints", "input", "output", "user", "custom_nodes"):

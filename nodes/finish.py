@@ -7,6 +7,7 @@ from torch import Tensor
 from ..operators import ConvergenceError, Measurement
 from ..samplers import enforce_consistency
 from . import host
+from .measurement import measured
 from .types import CATEGORY, MeasurementType, to_image, to_signal
 
 
@@ -74,8 +75,9 @@ class Finish(io.ComfyNode):
 
 
 def residual(x: Tensor, measurement: Measurement) -> list[float]:
-    """Root mean square of A x - y for each image, on the 0 to 1 scale."""
-    return [float(norm) / 2 / measurement.y[0].numel() ** 0.5 for norm in measurement.residual_norm(x)]
+    """Root mean square of A x - y over what was measured, for each image, on the 0 to 1 scale."""
+    counts = measured(measurement.operator, measurement.y).expand_as(measurement.y).flatten(1).sum(1)
+    return [float(norm) / 2 / float(count) ** 0.5 for norm, count in zip(measurement.residual_norm(x), counts, strict=True)]
 
 
 NODES = [Finish]

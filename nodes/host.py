@@ -121,6 +121,10 @@ def refuse_unsupported(guider: Any, x: Tensor, model_options: dict[str, Any]) ->
         raise ValueError(
             "the model is split over several GPUs, where ComfyUI computes without gradients; remove the multi-GPU node"
         )
+    if "easycache" in model_options.get("transformer_options", {}):  # LazyCache goes by the same name
+        raise ValueError(
+            "EasyCache or LazyCache is on the model: it skips network calls, and with them the gradient; remove it"
+        )
     if model_options.get("context_handler") is not None:
         raise ValueError(
             "context windows are active on the model, and have not been proved to have a gradient; remove that node"
@@ -191,15 +195,17 @@ def resident(guider: Any, vae: Any, x: Tensor, image_shape: tuple[int, ...]) -> 
 
     before = guider.model_patcher, guider.inner_model
     patcher = static_patcher(guider.model_patcher, "diffusion model")
-    others = [p for p in (getattr(guider, "uncond_model_patcher", None), *control_patchers(guider)) if p is not None]
+    # Guider_DualModel leaves its second model out at cfg 1.
+    second = guider.uncond_model_patcher if getattr(guider, "uncond_inner", None) is not None else None
+    others = [p for p in (second, *control_patchers(guider)) if p is not None]
     if any(p.is_dynamic() for p in others):
         raise ValueError("a second model or ControlNet is under dynamic VRAM; start ComfyUI with --disable-dynamic-vram")
     vae_patcher = None if vae is None else static_patcher(vae.patcher, "VAE")
     patchers = [p for p in (patcher, vae_patcher, *others) if p is not None]
     memory = backward_memory(patcher.model, vae, x, image_shape)
     mm.load_models_gpu(patchers, memory_required=memory, force_full_load=True)
-    for loaded in patchers:
-        normal_weights(loaded.model)
+    for network in (*(loaded.model for loaded in patchers), *control_networks(guider)):
+        normal_weights(network)
     try:
         if patcher is not before[0]:
             guider.model_patcher, guider.inner_model = patcher, patcher.model
@@ -215,6 +221,18 @@ def control_patchers(guider: Any) -> list[Any]:
     """The model patchers of every ControlNet on the guider's conditionings."""
     controls = {cond["control"] for group in guider.conds.values() for cond in group if cond.get("control") is not None}
     return [patcher for control in controls for patcher in control.get_models()]
+
+
+def control_networks(guider: Any) -> Iterator[torch.nn.Module]:
+    """Networks of controls that have no patcher of their own (T2I-Adapter, Control-LoRA), along each chain of controls."""
+    for group in guider.conds.values():
+        for cond in group:
+            control = cond.get("control")
+            while control is not None:
+                for name in ("control_model", "t2i_model"):
+                    if isinstance(getattr(control, name, None), torch.nn.Module):
+                        yield getattr(control, name)
+                control = control.previous_controlnet
 
 
 # The autoencoder between scaled latents and images in [-1, 1] ----------------------------------------------------------

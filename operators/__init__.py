@@ -3,6 +3,7 @@
 from .adapters import from_deepinv
 from .base import LinearOperator
 from .blur import Blur
+from .calibration import estimate_blur_from_edge, estimate_gaussian_blur, estimate_noise_sigma, estimate_stripe_mask
 from .compose import Product
 from .dense import Dense
 from .downscale import AreaDownscale, BicubicDownscale, LanczosDownscale
@@ -27,6 +28,18 @@ OPERATORS = (
     Product,
 )
 
+_IO = ("load_measurement", "load_operator", "save_measurement", "save_operator")
+
+
+def __getattr__(name: str) -> object:
+    """Saving and loading needs safetensors; everything else only torch."""
+    if name in _IO:
+        from . import io
+
+        return getattr(io, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "OPERATORS",
     "AreaDownscale",
@@ -45,10 +58,18 @@ __all__ = [
     "Stack",
     "box_mask",
     "disk_kernel",
+    "estimate_blur_from_edge",
+    "estimate_gaussian_blur",
+    "estimate_noise_sigma",
+    "estimate_stripe_mask",
     "from_deepinv",
     "gaussian_kernel",
     "image_kernel",
+    "load_measurement",
+    "load_operator",
     "motion_kernel",
     "random_mask",
+    "save_measurement",
+    "save_operator",
     "stripe_mask",
 ]

@@ -37,34 +37,35 @@ def as_finite(name: str, value: object) -> Tensor:
         raise ValueError(f"{name}: got {tensor.dtype}, expected real numbers")
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name}: got NaN or infinite values, expected finite ones")
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # MPS has no float64
+    return tensor.cpu().double()
 
 
 class Table:
-    """A constant of an operator: built and kept in float64, handed out in the precision of the tensor that it meets.
+    """A constant of an operator: built and kept in float64 on the CPU, handed out as the tensor that it meets needs it.
 
-    A cast is made once for each precision. Every copy is an ordinary tensor even when the operator is made or first used
-    under `torch.inference_mode`, whose tensors autograd refuses to save.
+    A cast is made once for each precision and device. Every copy is an ordinary tensor even when the operator is made or
+    first used under `torch.inference_mode`, whose tensors autograd refuses to save.
     """
 
     def __init__(self, value: Tensor) -> None:
         with torch.inference_mode(False):
-            self.value = value.detach().clone()
-        self._casts: dict[torch.dtype, Tensor] = {}
+            self.value = value.detach().cpu().clone()
+        self._casts: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def like(self, v: Tensor) -> Tensor:
         """The constant in the precision (complex where it is complex) and on the device of `v`."""
-        cast = self._casts.get(v.dtype)
+        key = v.dtype, v.device
+        cast = self._casts.get(key)
         if cast is None:
             with torch.inference_mode(False):
-                cast = self._casts[v.dtype] = self._cast(v.dtype)
-        return cast if cast.device == v.device else cast.to(v.device)
+                cast = self._casts[key] = self._cast(v.dtype).to(v.device)
+        return cast
 
-    def to(self, *args: object, **kwargs: object) -> "Table":
-        """A copy on another device; a dtype in the arguments is ignored, because the precision follows each input."""
-        device = torch.empty(0, device=self.value.device).to(*args, **kwargs).device
-        single = {torch.float64: torch.float32, torch.complex128: torch.complex64} if device.type == "mps" else {}
-        return type(self)(self.value.to(single.get(self.value.dtype, self.value.dtype)).to(device))
+    def fresh(self) -> "Table":
+        """The same constant without its casts, whose memory then goes with the copy that made them."""
+        table = copy.copy(self)
+        table._casts = {}
+        return table
 
     def _cast(self, dtype: torch.dtype) -> Tensor:
         return self.value.to(dtype.to_complex() if self.value.is_complex() else dtype)
@@ -98,6 +99,9 @@ class LinearOperator:
         if name in self.__dict__:
             raise AttributeError(f"{type(self).__name__}.{name}: operators are immutable; make a new one")
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{type(self).__name__}.{name}: operators are immutable; make a new one")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({'x'.join(map(str, self.in_shape))} -> {'x'.join(map(str, self.out_shape))})"
@@ -149,7 +153,7 @@ class LinearOperator:
         return self._gram(y, lambda values: self._seen(values).to(values.dtype))
 
     def _prox(self, z: Tensor, y: Tensor, gamma: float) -> Tensor:
-        return z + self._back(y - self._forward(z), lambda values: gamma / (1 + gamma * values))
+        return z + self._back(y - self._forward(z), lambda values: 1 / (1 / gamma + values) if gamma else 0 * values)
 
     def as_fourier(self) -> "LinearOperator | None":
         """The same map as a `Fourier` operator, where it is a circular convolution and regular subsampling, else None."""
@@ -194,9 +198,12 @@ class LinearOperator:
 
         z: (B, *in_shape), y: (B, *out_shape), gamma >= 0 (infinity gives the projection onto A x = y, as far as y can be met).
         """
-        if not gamma >= 0:
-            raise ValueError(f"gamma: got {gamma}, expected a number >= 0")
+        if not (isinstance(gamma, int | float) and gamma >= 0):
+            raise ValueError(f"gamma: got {gamma!r}, expected a number >= 0")
         self._check("y", y, self.out_shape)
+        self._check("z", z, self.in_shape)
+        if len(y) != len(z):
+            raise ValueError(f"y: got a batch of {len(y)}, expected {len(z)}, the images of z")
 
         def run(v: Tensor) -> Tensor:
             target = y.to(v.dtype)
@@ -205,12 +212,14 @@ class LinearOperator:
         return self._apply("z", z, self.in_shape, run)
 
     def to(self, *args: object, **kwargs: object) -> "LinearOperator":
-        """A copy on another device, by any arguments of `torch.Tensor.to`.
+        """A copy for another device, by any arguments of `torch.Tensor.to`.
 
-        A dtype is accepted and changes nothing: constants stay exact, and each input brings its own precision.
+        Constants follow each input in device and precision, so that the arguments change nothing. What they need on a
+        device is freed with the copy.
         """
+        torch.empty(0).to(*args, **kwargs)  # arguments that `torch.Tensor.to` refuses are refused
         moved = copy.copy(self)
-        moved.__dict__.update({name: _moved(value, args, kwargs) for name, value in self.__dict__.items()})
+        moved.__dict__.update({name: _fresh(value) for name, value in self.__dict__.items()})
         return moved
 
     def _seen(self, values: Tensor) -> Tensor:
@@ -236,12 +245,14 @@ class LinearOperator:
         return run(v if v.dtype == torch.float64 else v.float()).to(v.dtype)
 
 
-def _moved(value: object, args: tuple, kwargs: dict) -> object:
-    """An attribute of an operator on another device."""
-    if isinstance(value, Table | LinearOperator):
-        return value.to(*args, **kwargs)
+def _fresh(value: object) -> object:
+    """An attribute of an operator for its copy."""
+    if isinstance(value, Table):
+        return value.fresh()
+    if isinstance(value, LinearOperator):
+        return value.to()
     if isinstance(value, tuple):
-        return tuple(_moved(item, args, kwargs) for item in value)
+        return tuple(_fresh(item) for item in value)
     return value
 
 

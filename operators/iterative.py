@@ -138,6 +138,8 @@ class _Linear(torch.autograd.Function):
 
 def _linear(v: Tensor, apply: LinearMap, transpose: LinearMap) -> Tensor:
     """apply(v) in float64, or float32 on a device that has no other; differentiable, in v's dtype."""
+    if not bool(torch.isfinite(v).all()):
+        raise ValueError("input: got NaN or infinite values, which no iteration can solve for")
     wide = v.double() if v.device.type != "mps" else v
     return _Linear.apply(wide, apply, transpose).to(v.dtype)
 
@@ -152,8 +154,8 @@ def _norm_of(v: Tensor) -> Tensor:
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is 0."""
-    return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), 0.0)
+    """a / b, and 0 where b is 0; NaN stays NaN, so that it never passes for a result."""
+    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
 
 
 def _least_squares(forward: LinearMap, adjoint: LinearMap, y: Tensor, aim: float) -> Tensor:

@@ -24,11 +24,18 @@ class Measurement:
     sigma: float = 0.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.operator, LinearOperator):
+            raise ValueError(f"operator: got {type(self.operator).__name__}, expected a LinearOperator")
         self.operator._check("y", self.y, self.operator.out_shape)
         if not bool(torch.isfinite(self.y).all()):
             raise ValueError("y: has NaN or infinite values; the photo must be finite everywhere")
-        if not (isinstance(self.sigma, int | float) and math.isfinite(self.sigma) and self.sigma >= 0):
+        try:
+            sigma = float(self.sigma)
+        except (TypeError, ValueError):
+            sigma = math.nan
+        if not (math.isfinite(sigma) and sigma >= 0):
             raise ValueError(f"sigma: got {self.sigma!r}, expected a finite number >= 0")
+        object.__setattr__(self, "sigma", sigma)
 
     def residual_norm(self, x: Tensor) -> Tensor:
         """||A x - y|| for each image, in [-1, 1] units. x: (B, *operator.in_shape) -> (B,)."""

@@ -5,24 +5,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ROUNDING = 2 / 255 / 12**0.5  # standard deviation of the error of an 8-bit photo, in [-1, 1] units
+
 
 def fill_unseen(measurement: Any) -> Tensor:
-    """A^+ y, with the mean of each channel in the directions that the measurement does not see.
+    """The picture nearest to an even one that the measurement allows: a start for a sampler.
 
-    Holes of a mask then have the mean of the kept pixels; where a constant is seen (downscaling, blur) it is A^+ y itself.
+    Even: each channel at its mean over what was measured. Directions that A does not see keep that, weak ones move as far as
+    the noise (at least the rounding of 8 bits) lets them, so that a blur's inverse does not amplify it.
 
     Args:
-        measurement: `y` (B, c, h, w) in [-1, 1], `operator`.
+        measurement: `y` (B, c, h, w) in [-1, 1], `operator`, `sigma`.
 
     Returns:
         (B, C, H, W), in [-1, 1] units.
     """
-    operator = measurement.operator
-    x = operator.A_dagger(measurement.y)
-    seen = operator.project(torch.ones_like(x))
-    weight = (seen * seen).sum((2, 3), keepdim=True)
-    mean = (x * seen).sum((2, 3), keepdim=True) / torch.where(weight > 0, weight, 1.0)
-    return x + (mean - operator.project(mean.expand_as(x)))
+    operator, y = measurement.operator, measurement.y
+    total, weight = (operator.A_adjoint(v).sum((2, 3), keepdim=True) for v in (y, torch.ones_like(y)))
+    mean = total / torch.where(weight == 0, 1.0, weight)
+    even = mean.expand(-1, *operator.in_shape).contiguous()
+    return operator.prox_l2(even, y, 1 / max(measurement.sigma, ROUNDING) ** 2)
 
 
 def enforce_consistency(x: Tensor, measurement: Any, error: float, sweeps: int = 20) -> Tensor:
@@ -38,11 +40,24 @@ def enforce_consistency(x: Tensor, measurement: Any, error: float, sweeps: int =
         measurement: `y`, `operator`, `sigma`.
         error: expected standard deviation of x around the truth, in [-1, 1] units; used only when sigma > 0.
         sweeps: at most this many rounds of alternating projections.
+
+    Raises:
+        ValueError: noise-free, and meeting y exactly would amplify the rounding of an 8-bit photo into the picture.
     """
     operator, y = measurement.operator, measurement.y
     if measurement.sigma > 0:
         return operator.prox_l2(x, y, (error / measurement.sigma) ** 2)
-    x = x + operator.A_dagger(y - operator.A(x))
+    exact = x + operator.A_dagger(y - operator.A(x))
+    # A blur's inverse has gains of up to 1e6: a y that was rounded to 8 bits then moves x by far more than it would if the
+    # rounding were taken into account.
+    careful = operator.prox_l2(x, y, (0.1 / ROUNDING) ** 2)
+    moved, due = (float((v - x).square().mean().sqrt()) for v in (exact, careful))
+    if moved > max(0.05, 4 * due):
+        raise ValueError(
+            "measurement: a photo cannot be met exactly through this operator, whose inverse amplifies rounding errors to "
+            f"{moved / 2:.2g} on the 0 to 1 scale. Give it a sigma above 0; 0.002 stands for the rounding of 8 bits"
+        )
+    x = exact
     for _ in range(sweeps):
         inside = x.clamp(-1, 1)
         if bool((inside == x).all()):

@@ -18,7 +18,9 @@ class Autoencoder(Protocol):
     def encode(self, image: Tensor) -> Tensor: ...
 
 
-def psld_residuals(denoised: Tensor, measurement: Any, autoencoder: Autoencoder | None, glue: str) -> tuple[Tensor, Tensor]:
+def psld_residuals(
+    denoised: Tensor, measurement: Any, autoencoder: Autoencoder | None, glue: str | None
+) -> tuple[Tensor, Tensor | None]:
     """The two un-squared norms of Algorithm 2, one value for each image.
 
     Args:
@@ -26,21 +28,21 @@ def psld_residuals(denoised: Tensor, measurement: Any, autoencoder: Autoencoder 
         measurement: with `y`, `operator`.
         autoencoder: E and D, or None for pixel space (D = E = I).
         glue: "pinv" glues with A^+, which makes the glued image meet A x = y for any A; "adjoint" is the letter of the paper,
-            the same where A A^T = I.
+            the same where A A^T = I; None leaves the second norm out, and with it A^+ and the encoder.
 
     Returns:
         ||A D(z0) - y||, (B,), in [-1, 1] image units.
-        ||E(x_g) - z0||, (B,), in latent units, where x_g = D(z0) + A^+ (y - A D(z0)).
+        ||E(x_g) - z0||, (B,), in latent units, where x_g = D(z0) + A^+ (y - A D(z0)); None without glue.
     """
     operator = measurement.operator
     image = denoised if autoencoder is None else autoencoder.decode(denoised)
     residual = measurement.y - operator.A(image)
+    fit = torch.linalg.vector_norm(residual.flatten(1), dim=1)
+    if glue is None:
+        return fit, None
     glued = image + (operator.A_dagger(residual) if glue == "pinv" else operator.A_adjoint(residual))
     recoded = glued if autoencoder is None else autoencoder.encode(glued)
-    return (
-        torch.linalg.vector_norm(residual.flatten(1), dim=1),
-        torch.linalg.vector_norm((recoded - denoised).flatten(1), dim=1),
-    )
+    return fit, torch.linalg.vector_norm((recoded - denoised).flatten(1), dim=1)
 
 
 def sample_psld(
@@ -94,6 +96,11 @@ def sample_psld(
         raise ValueError(f"eta: got {eta}, expected a number between 0 (DDIM) and 1 (DDPM)")
     if glue not in ("pinv", "adjoint"):
         raise ValueError(f'glue: got {glue!r}, expected "pinv" or "adjoint"')
+    if sigmas.ndim != 1 or not bool((sigmas[:-1] > sigmas[1:]).all()) or float(sigmas.min()) < 0:
+        raise ValueError(f"sigmas: got {sigmas.tolist()}, expected a falling list of numbers >= 0")
+    if len(measurement.y) not in (1, len(x)):
+        raise ValueError(f"x: got a batch of {len(x)} for a measurement of {len(measurement.y)}, expected equal batches")
+    glued = glue if isinstance(gamma, Tensor) or gamma > 0 else None
     extra_args = extra_args or {}
     noise = noise_sampler(x, extra_args.get("seed"))
     x = x.detach()
@@ -104,8 +111,8 @@ def sample_psld(
             # The gradient stops at z0 and goes on as a vector-Jacobian product: the autoencoder's graph is freed before the
             # network's is walked, and the product can be scaled for float16 networks.
             z = z0.detach().requires_grad_()
-            fit, gap = psld_residuals(z, measurement, autoencoder, glue)
-            step = _weighted_gradient(x, z0, z, (fit, gap), (omega, gamma), squared)
+            fit, gap = psld_residuals(z, measurement, autoencoder, glued)
+            step = _weighted_gradient(x, z0, z, [(omega, fit)] if gap is None else [(omega, fit), (gamma, gap)], squared)
         x, z0 = x.detach(), z0.detach()
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": z0, "residual": fit.detach()})
@@ -116,22 +123,15 @@ def sample_psld(
     return x
 
 
-def _weighted_gradient(
-    x: Tensor,
-    z0: Tensor,
-    z: Tensor,
-    norms: tuple[Tensor, Tensor],
-    weights: tuple[float | Tensor, float | Tensor],
-    squared: bool,
-) -> Tensor:
-    """sum_k W_k grad_x n_k (or n_k^2), where the norms n_k are functions of z, a detached copy of z0(x)."""
-    terms = [norm**2 if squared else norm for norm in norms]
-    if not any(isinstance(weight, Tensor) for weight in weights):
-        loss = weights[0] * terms[0] + weights[1] * terms[1]
-        return vjp(z0, x, torch.autograd.grad(loss.sum(), z)[0])
+def _weighted_gradient(x: Tensor, z0: Tensor, z: Tensor, terms: list[tuple[float | Tensor, Tensor]], squared: bool) -> Tensor:
+    """sum_k W_k grad_x n_k (or n_k^2) over (W_k, n_k), where the norms n_k are functions of z, a detached copy of z0(x)."""
+    losses = [(weight, norm**2 if squared else norm) for weight, norm in terms]
+    if not any(isinstance(weight, Tensor) for weight, _ in losses):
+        total = sum(weight * loss for weight, loss in losses)
+        return vjp(z0, x, torch.autograd.grad(total.sum(), z)[0])
     step = torch.zeros_like(x)
-    for term, weight in zip(terms, weights, strict=True):
-        (gradient,) = torch.autograd.grad(term.sum(), z, retain_graph=True)
+    for weight, loss in losses:
+        (gradient,) = torch.autograd.grad(loss.sum(), z, retain_graph=True)
         gradient = vjp(z0, x, gradient, retain_graph=True)
         weighted = gradient.flatten(1) @ weight.T if isinstance(weight, Tensor) else weight * gradient
         step = step + weighted.reshape(x.shape)

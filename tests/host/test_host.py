@@ -155,12 +155,26 @@ def test_different_hooks_are_refused(hosts: Callable[[str], Host], host: ModuleT
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"multigpu_clones": {"a": 1, "b": 2}}, "several GPUs"), ({"context_handler": object()}, "context windows")],
+    [
+        ({"multigpu_clones": {"a": 1, "b": 2}}, "several GPUs"),
+        ({"context_handler": object()}, "context windows"),
+    ],
 )
 def test_model_options_without_a_gradient_are_refused(options: dict, message: str, host: ModuleType) -> None:
     guider = SimpleNamespace(conds={"positive": [{}]})
     with pytest.raises(ValueError, match=message):
         host.refuse_unsupported(guider, torch.zeros(1, 4, 8, 8), options)
+
+
+@pytest.mark.parametrize("node", ["EasyCacheNode", "LazyCacheNode"])
+def test_nodes_that_skip_network_calls_are_refused(node: str, hosts: Callable[[str], Host]) -> None:
+    import comfy_extras.nodes_easycache as caches
+
+    h = hosts("sd15")
+    with torch.inference_mode():
+        model = getattr(caches, node).execute(h.model, 0.2, 0.15, 0.95, False)[0]
+    with pytest.raises(ValueError, match="EasyCache or LazyCache"):
+        h.sample(h.sampler(stand_still), guider=Host(h.pack, "sd15", model, h.vae).guider())
 
 
 def test_video_latent_is_refused(hosts: Callable[[str], Host], host: ModuleType) -> None:

@@ -119,14 +119,14 @@ def prior(dim: int) -> GaussianMixture:
 SIGMAS = torch.tensor([5.0, 2.0, 0.7, 0.2, 0.0], dtype=F64)
 
 
-def run(y: Tensor, operator: Any, x: Tensor, seed: int = 0, **options: Any) -> Tensor:
+def run(y: Tensor, operator: Any, x: Tensor, seed: int = 0, sigmas: Tensor = SIGMAS, **options: Any) -> Tensor:
     denoise = prior(x[0].numel()).denoise
     arguments = {"omega": 0.5, "gamma": 0.1, "eta": 0.5, **options}
 
     def model(x: Tensor, sigma: Tensor, seed: int) -> Tensor:
         return denoise(x, sigma)
 
-    return sample_psld(model, x, SIGMAS, {"seed": seed}, measurement=Measurement(y, operator), **arguments)
+    return sample_psld(model, x, sigmas, {"seed": seed}, measurement=Measurement(y, operator), **arguments)
 
 
 @pytest.mark.parametrize("operator", [AreaDownscale((3, 6, 4), 2), Identity((3, 6, 4))])
@@ -180,6 +180,22 @@ def test_guidance_pulls_to_the_measurement() -> None:
     assert float(measurement.residual_norm(guided)) < 0.5 * float(measurement.residual_norm(free))
 
 
+def test_without_gluing_neither_encoder_nor_pseudo_inverse_is_called() -> None:
+    """Latent DPS costs no encoder, and works where there is no pseudo-inverse."""
+
+    class Decoder:
+        def decode(self, z: Tensor) -> Tensor:
+            return z
+
+    operator = Identity((3, 6, 4))
+    x = torch.randn(1, 3, 6, 4, dtype=F64, generator=generator(1))
+    measurement = SimpleNamespace(y=torch.zeros_like(x), operator=SimpleNamespace(A=operator.A))
+    out = sample_psld(prior(72).denoise, x, SIGMAS, measurement=measurement, autoencoder=Decoder(), gamma=0.0)
+    assert torch.equal(
+        out, sample_psld(prior(72).denoise, x, SIGMAS, measurement=Measurement(measurement.y, operator), gamma=0.0)
+    )
+
+
 def test_callback_gets_the_steps_and_the_residual() -> None:
     seen = []
     y = torch.zeros(2, 3, 6, 4, dtype=F64)
@@ -207,13 +223,15 @@ def test_input_is_not_changed() -> None:
         ({"gamma": float("nan")}, "gamma: got nan"),
         ({"eta": 1.5}, "eta: got 1.5"),
         ({"glue": "average"}, "glue: got 'average'"),
+        ({"sigmas": torch.tensor([2.0, 0.0, 0.0])}, "sigmas: got .* expected a falling list"),
+        ({"y": torch.zeros(3, 3, 6, 4)}, "x: got a batch of 1 for a measurement of 3"),
         ({"omega": torch.eye(3)}, r"omega: got a matrix \(3, 3\), expected \(72, 72\)"),
     ],
 )
 def test_bad_input_is_named(options: dict, message: str) -> None:
     x = torch.zeros(1, 3, 6, 4, dtype=F64)
     with pytest.raises(ValueError, match=message):
-        run(x, Identity((3, 6, 4)), x, **options)
+        run(options.pop("y", x), Identity((3, 6, 4)), x, **options)
 
 
 # The vector-Jacobian product ------------------------------------------------------------------------------------------------
