@@ -70,6 +70,7 @@ def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callab
     keep, keep_small = random_mask(shape, 0.5), random_mask((3, n // 4, n // 4), 0.5)
     kernel, size = gaussian_kernel(3.0, 61), {256: 320, 512: 576}[n]
     padded = torch.randn(1, 3, size, size)
+    mask_bytes = torch.randn(7 * n * n // 2)  # picture and mask are read, a picture is written: 7 planes, half of them each way
     transfer = torch.fft.rfft2(torch.randn(n, n))
     bicubic, blur = BicubicDownscale(shape, 4), Blur(kernel, shape, "reflect")
     r, c = (table.value.float() for table in (bicubic.rows, bicubic.columns))
@@ -85,8 +86,13 @@ def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callab
     return {
         "mask": (
             Mask(keep),
-            {"floor A": x.clone, "floor A_dagger": x.clone, "plain A": lambda: x * keep, "plain A_dagger": lambda: x * keep},
-            "copy",
+            {
+                "floor A": mask_bytes.clone,
+                "floor A_dagger": mask_bytes.clone,
+                "plain A": lambda: x * keep,
+                "plain A_dagger": lambda: x * keep,
+            },
+            "copy of as many bytes",
             lambda: physics("Inpainting", shape, mask=keep[0].expand(3, -1, -1)),
         ),
         "area x4": (

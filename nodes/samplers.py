@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..operators import Measurement
+from ..operators import ConvergenceError, Measurement
 from ..samplers import fill_unseen, sample_psld
 from . import host
 from .types import CATEGORY, MeasurementType, to_image
@@ -75,12 +75,20 @@ class SamplerPSLD(io.ComfyNode):
         if vae is not None:
             host.latent_size(vae, measurement.operator.in_shape)
         if gamma > 0 and glue == "pinv" and not measurement.operator.exact:
-            raise ValueError(
-                "glue: this operator has no closed pseudo-inverse, and an iterative one in every step would take hours. Set glue to "
-                "adjoint or gamma to 0; or, for a blur, its boundary to circular"
-            )
+            cls._try_pseudo_inverse(measurement)
         options = {"omega": omega, "gamma": gamma, "eta": eta, "glue": glue}
         return io.NodeOutput(host.stock_sampler(sample_psld, measurement, vae, **options))
+
+    @staticmethod
+    def _try_pseudo_inverse(measurement: Measurement) -> None:
+        """Every step takes one: better to find out here that the iterations do not end."""
+        try:
+            measurement.operator.A_dagger(measurement.y)
+        except ConvergenceError as fault:
+            raise ValueError(
+                f"glue: the pseudo-inverse of this operator does not converge ({fault}). Set glue to adjoint or gamma to 0; or, for a "
+                "blur, its boundary to circular"
+            ) from fault
 
     @staticmethod
     def _fault(weights: dict[str, float | None]) -> str:

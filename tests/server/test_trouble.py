@@ -169,10 +169,10 @@ def disk_blur(prompt: Prompt) -> None:
     )
 
 
-def test_iterative_pseudo_inverse_is_not_taken_into_every_step(server: Server) -> None:
+def test_pseudo_inverse_that_does_not_converge(server: Server) -> None:
     prompt = shipped("super_resolution_x8", SHORT)
     disk_blur(prompt)
-    with pytest.raises(PromptFailed, match=r"glue: this operator has no closed pseudo-inverse.*adjoint.*circular"):
+    with pytest.raises(PromptFailed, match=r"glue: the pseudo-inverse of this operator does not converge.*adjoint.*circular"):
         server.run(keep(prompt, "Result"))
     # What the message proposes works; and with a little noise Finish needs no exact solution.
     inputs(prompt, "PSLD Sampler")["glue"] = "adjoint"
