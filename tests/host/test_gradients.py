@@ -87,6 +87,33 @@ def test_controlnet(sd15: Host, tmp_path: Path) -> None:
     assert_gradient(sd15, guider=sd15.guider(positive=conds))
 
 
+def test_t2i_adapter(sd15: Host, tmp_path: Path) -> None:
+    """It has a network but no patcher, so that nothing else would make its weights normal."""
+    import comfy.controlnet
+    from comfy.t2i_adapter.adapter import Adapter_light
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file(Adapter_light(cin=192, channels=[320, 640, 1280, 1280], nums_rb=4).state_dict(), tmp_path / "adapter.safetensors")
+    with torch.inference_mode():
+        adapter = comfy.controlnet.load_controlnet(str(tmp_path / "adapter.safetensors"))
+        hint = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+        control = adapter.copy().set_cond_hint(hint, 1.0, (0.0, 1.0))
+        conds = [[c, {**d, "control": control, "control_apply_to_uncond": True}] for c, d in conditioning("sd15", 1)]
+    assert_gradient(sd15, guider=sd15.guider(positive=conds))
+
+
+@pytest.mark.parametrize("cfg", [3.0, 1.0])
+def test_two_models_in_one_guider(cfg: float, sd15: Host, tiny: Callable[..., Path], load: Callable) -> None:
+    from comfy_extras.nodes_custom_sampler import Guider_DualModel
+
+    other = load(tiny("sd15", seed=1, vae=None))[0]
+    guider = Guider_DualModel(sd15.model, other)
+    guider.set_conds(conditioning("sd15", 1), conditioning("sd15", 2))
+    guider.set_cfg(cfg)
+    assert_gradient(sd15, guider=guider)
+
+
 def test_rescale_cfg_and_zero_terminal_snr(sd15: Host) -> None:
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, RescaleCFG
 
