@@ -4,6 +4,11 @@ setup = $(PYTHON) dev/setup_host.py
 # Assigned when a recipe runs, so that a failed set-up stops it.
 env = ENV_PYTHON="$$($(setup) python)" && "$$ENV_PYTHON"
 
+# A checkout that the user named is not written to, not even Python's caches.
+ifdef COMFYUI_DIR
+export PYTHONPYCACHEPREFIX := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/comfyui-posterior/pycache
+endif
+
 .PHONY: demo test serve bench checkpoint python help
 
 help:
