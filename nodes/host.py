@@ -217,22 +217,24 @@ def resident(guider: Any, vae: Any, x: Tensor, image_shape: tuple[int, ...]) -> 
         guider.model_patcher, guider.inner_model = before
 
 
+def controls(guider: Any) -> set[Any]:
+    """The controls on the guider's conditionings, each the head of a chain."""
+    return {cond["control"] for group in guider.conds.values() for cond in group if cond.get("control") is not None}
+
+
 def control_patchers(guider: Any) -> list[Any]:
     """The model patchers of every ControlNet on the guider's conditionings."""
-    controls = {cond["control"] for group in guider.conds.values() for cond in group if cond.get("control") is not None}
-    return [patcher for control in controls for patcher in control.get_models()]
+    return [patcher for control in controls(guider) for patcher in control.get_models()]
 
 
 def control_networks(guider: Any) -> Iterator[torch.nn.Module]:
     """Networks of controls that have no patcher of their own (T2I-Adapter, Control-LoRA), along each chain of controls."""
-    for group in guider.conds.values():
-        for cond in group:
-            control = cond.get("control")
-            while control is not None:
-                for name in ("control_model", "t2i_model"):
-                    if isinstance(getattr(control, name, None), torch.nn.Module):
-                        yield getattr(control, name)
-                control = control.previous_controlnet
+    for control in controls(guider):
+        while control is not None:
+            for name in ("control_model", "t2i_model"):
+                if isinstance(getattr(control, name, None), torch.nn.Module):
+                    yield getattr(control, name)
+            control = control.previous_controlnet
 
 
 # The autoencoder between scaled latents and images in [-1, 1] ----------------------------------------------------------
@@ -361,7 +363,7 @@ def run_on_host(
                 setattr(guider, name, normal_tensors(getattr(guider, name)))
         model.latent_image, model.noise = normal_tensors((model.latent_image, model.noise))
         extra_args = normal_tensors({key: value for key, value in extra_args.items() if key != "model_options"})
-        extra_args["model_options"] = differentiable_options(model_options, bool(control_patchers(guider)))
+        extra_args["model_options"] = differentiable_options(model_options, bool(controls(guider)))
         sigmas_k = state.sigmas_to_k(normal_tensors(sigmas))
         result = solve(
             denoiser(model, state),

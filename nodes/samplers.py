@@ -55,7 +55,8 @@ class SamplerPSLD(io.ComfyNode):
                     options=["pinv", "adjoint"],
                     default="pinv",
                     advanced=True,
-                    tooltip="pinv: glue with the pseudo-inverse, right for every operator. adjoint: the letter of the paper.",
+                    tooltip="pinv: glue with the pseudo-inverse. adjoint: the letter of the paper, and for operators whose pseudo-inverse "
+                    "does not converge.",
                 ),
             ],
             outputs=[io.Sampler.Output(tooltip="Connect it to SamplerCustomAdvanced.")],

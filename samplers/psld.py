@@ -68,7 +68,7 @@ def sample_psld(
     Args:
         model: `model(x, sigma, **extra_args)` -> denoised x0, differentiable. sigma: (B,).
         x: (B, c, h, w), noise at sigmas[0] in the k-state x = x0 + sigma * eps.
-        sigmas: (steps + 1,), decreasing, positive except for a last 0.
+        sigmas: (steps + 1,), never rising, positive except for a last 0.
         extra_args: passed to the model; "seed" seeds the noise that eta > 0 adds.
         callback: called each step with x, i, sigma, sigma_hat, denoised (detached) and residual, ||A D(z0) - y|| (B,).
         disable: unused; k-diffusion's switch for a progress bar.
@@ -85,7 +85,7 @@ def sample_psld(
         x at sigmas[-1], (B, c, h, w), detached.
 
     Raises:
-        ValueError: negative weights, an eta outside [0, 1], an unknown glue.
+        ValueError: negative weights, an eta outside [0, 1], an unknown glue, rising sigmas, batches that do not fit.
     """
     for name, value in (("omega", omega), ("gamma", gamma)):
         if isinstance(value, Tensor) and value.shape != (x[0].numel(),) * 2:
@@ -96,8 +96,8 @@ def sample_psld(
         raise ValueError(f"eta: got {eta}, expected a number between 0 (DDIM) and 1 (DDPM)")
     if glue not in ("pinv", "adjoint"):
         raise ValueError(f'glue: got {glue!r}, expected "pinv" or "adjoint"')
-    if sigmas.ndim != 1 or not bool((sigmas[:-1] > sigmas[1:]).all()) or float(sigmas.min()) < 0:
-        raise ValueError(f"sigmas: got {sigmas.tolist()}, expected a falling list of numbers >= 0")
+    if sigmas.ndim != 1 or not bool(((sigmas[:-1] >= sigmas[1:]) & (sigmas[:-1] > 0)).all()) or float(sigmas.min()) < 0:
+        raise ValueError(f"sigmas: got {sigmas.tolist()}, expected a falling list of numbers > 0, the last one >= 0")
     if len(measurement.y) not in (1, len(x)):
         raise ValueError(f"x: got a batch of {len(x)} for a measurement of {len(measurement.y)}, expected equal batches")
     glued = glue if isinstance(gamma, Tensor) or gamma > 0 else None
