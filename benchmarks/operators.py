@@ -2,9 +2,11 @@
 
     python benchmarks/operators.py
 
-One CPU thread, 3 channels, float32. All functions of a row are timed in turn, again and again, and each reports its 20th
-percentile: this machine is shared, and only ratios within one run mean anything. "floor" is what cannot be avoided: a copy of
-the same bytes, the bare FFT pair, or torch's own fused primitive. deepinv 0.5 takes part when it can be imported (for example
+One CPU thread, 3 channels, float32. All functions of an operator are timed in turn, in another order each round. A time is the
+20th percentile over the rounds, a ratio the median over the rounds of ours to theirs in the same round, with its quartiles: this
+machine is shared, and only ratios within one run mean anything. "floor" is what cannot be avoided: a copy of the same bytes,
+the bare FFT pair, or torch's own fused primitive. "plain" is the simplest exact torch code, without checks, for one shape and
+precision. deepinv 0.5 takes part when it can be imported (for example
 from `pip install --target DIR deepinv` and PYTHONPATH=DIR). Prints a markdown table and writes it to results/operators.md.
 """
 
@@ -20,7 +22,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate
+from torch.nn.functional import avg_pool2d, conv2d, interpolate
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Run as a script, this folder stands first on the path and its operators.py would shadow the package.
@@ -38,11 +40,12 @@ from operators import (  # noqa: E402
 )
 
 Call = Callable[[], Tensor]
-SECONDS = 6.0  # for each row
+SECONDS = 10.0  # for each operator
+METHODS = ("A", "A_adjoint", "A_dagger")
 
 
-def percentile_times(calls: dict[str, Call]) -> dict[str, float]:
-    """Milliseconds of each call, all of them interleaved."""
+def measure(calls: dict[str, Call]) -> dict[str, list[float]]:
+    """Milliseconds of each call, round by round, all of them interleaved; a slow one takes part in the first rounds only."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()  # tables and plans are made once
@@ -51,12 +54,25 @@ def percentile_times(calls: dict[str, Call]) -> dict[str, float]:
     while time.perf_counter() - start < SECONDS:
         random.shuffle(order)  # each call finds the caches as another one left them, and no call is always next to the same one
         for name in order:
-            if sum(times[name]) > SECONDS / 4:
+            if sum(times[name]) > 1e3 * SECONDS / 4:
                 continue  # a slow one has had its share
             before = time.perf_counter()
             calls[name]()
-            times[name].append(time.perf_counter() - before)
-    return {name: 1e3 * sorted(values)[len(values) // 5] for name, values in times.items()}
+            times[name].append(1e3 * (time.perf_counter() - before))
+    return times
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1))]
+
+
+def cell(ours: list[float], theirs: list[float] | None) -> str:
+    """Their time, and ours to theirs: median and quartiles over the rounds that both took part in."""
+    if not theirs:
+        return "absent"
+    ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
+    low, middle, high = (percentile(ratios, share) for share in (0.25, 0.5, 0.75))
+    return f"{percentile(theirs, 0.2):.2f} (**{middle:.2f}**, {low:.2f} to {high:.2f})"
 
 
 def fft_pair(x: Tensor) -> Tensor:
@@ -64,7 +80,7 @@ def fft_pair(x: Tensor) -> Tensor:
 
 
 def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callable[[], object]]]:
-    """Name -> (operator, floors and plain forms of "A" and "A_dagger", what the floor is, deepinv's operator)."""
+    """Name -> (operator, floors and plain forms of its methods, what the floor is, deepinv's operator)."""
     shape = (3, n, n)
     x, small, gray = torch.randn(1, *shape), torch.randn(1, 3, n // 4, n // 4), torch.randn(1, 1, n, n)
     keep, keep_small = random_mask(shape, 0.5), random_mask((3, n // 4, n // 4), 0.5)
@@ -74,10 +90,11 @@ def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callab
     transfer = torch.fft.rfft2(torch.randn(n, n))
     bicubic, blur = BicubicDownscale(shape, 4), Blur(kernel, shape, "reflect")
     r, c = (table.value.float() for table in (bicubic.rows, bicubic.columns))
-    u, v = (table.float() for table in torch.linalg.svd(bicubic.rows.value, full_matrices=False)[::2])
+    inverse = torch.linalg.pinv(bicubic.rows.value).float()
     b = blur.form.rows.value.float()
-    q = torch.linalg.qr(torch.randn(n, n)).Q
-    weights = torch.tensor([0.2126, 0.7152, 0.0722])
+    u, _, vt = (table.float() for table in torch.linalg.svd(blur.form.rows.value))
+    factors = torch.randn(n, n)
+    weights = torch.tensor([0.2126, 0.7152, 0.0722])[:, None, None]
 
     def physics(name: str, *args: object, **kwargs: object) -> object:
         return getattr(importlib.import_module("deepinv").physics, name)(*args, **kwargs)
@@ -87,10 +104,8 @@ def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callab
         "mask": (
             Mask(keep),
             {
-                "floor A": mask_bytes.clone,
-                "floor A_dagger": mask_bytes.clone,
-                "plain A": lambda: x * keep,
-                "plain A_dagger": lambda: x * keep,
+                **{f"floor {method}": mask_bytes.clone for method in METHODS},
+                **{f"plain {method}": lambda: x * keep for method in METHODS},
             },
             "copy of as many bytes",
             lambda: physics("Inpainting", shape, mask=keep[0].expand(3, -1, -1)),
@@ -99,8 +114,10 @@ def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callab
             AreaDownscale(shape, 4),
             {
                 "floor A": lambda: avg_pool2d(x, 4),
+                "floor A_adjoint": lambda: interpolate(small, scale_factor=4),
                 "floor A_dagger": lambda: interpolate(small, scale_factor=4),
                 "plain A": lambda: avg_pool2d(x, 4),
+                "plain A_adjoint": lambda: interpolate(small / 16, scale_factor=4),
                 "plain A_dagger": lambda: interpolate(small, scale_factor=4),
             },
             "avg_pool2d, interpolate",
@@ -110,8 +127,10 @@ def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callab
             Mask(keep_small) @ AreaDownscale(shape, 4),
             {
                 "floor A": lambda: avg_pool2d(x, 4),
+                "floor A_adjoint": lambda: interpolate(small, scale_factor=4),
                 "floor A_dagger": lambda: interpolate(small, scale_factor=4),
                 "plain A": lambda: avg_pool2d(x, 4) * keep_small,
+                "plain A_adjoint": lambda: interpolate(small * keep_small / 16, scale_factor=4),
                 "plain A_dagger": lambda: interpolate(small * keep_small, scale_factor=4),
             },
             "avg_pool2d, interpolate",
@@ -120,10 +139,10 @@ def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callab
         "grayscale": (
             Grayscale(shape),
             {
-                "floor A": lambda: x[:, :2].clone(),
-                "floor A_dagger": lambda: x[:, :2].clone(),
-                "plain A": lambda: torch.einsum("bchw,c->bhw", x, weights)[:, None],
-                "plain A_dagger": lambda: gray * weights[:, None, None],
+                **{f"floor {method}": lambda: x[:, :2].clone() for method in METHODS},
+                "plain A": lambda: conv2d(x, weights[None]),
+                "plain A_adjoint": lambda: gray * weights,
+                "plain A_dagger": lambda: gray * weights,
             },
             "copy of as many bytes",
             lambda: physics("Decolorize"),
@@ -131,10 +150,8 @@ def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callab
         "circular blur 61": (
             Blur(kernel, shape),
             {
-                "floor A": lambda: fft_pair(x),
-                "floor A_dagger": lambda: fft_pair(x),
-                "plain A": lambda: torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=(n, n)),
-                "plain A_dagger": lambda: torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=(n, n)),
+                **{f"floor {method}": lambda: fft_pair(x) for method in METHODS},
+                **{f"plain {method}": lambda: torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=(n, n)) for method in METHODS},
             },
             "rfft2 + irfft2",
             lambda: physics("BlurFFT", shape, filter=taps),
@@ -142,10 +159,13 @@ def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callab
         "bicubic x4": (
             bicubic,
             {
-                "floor A": lambda: interpolate(x, scale_factor=0.25, mode="bicubic", antialias=True),
-                "floor A_dagger": lambda: interpolate(x, scale_factor=0.25, mode="bicubic", antialias=True),
+                **{
+                    f"floor {method}": lambda: interpolate(x, scale_factor=0.25, mode="bicubic", antialias=True)
+                    for method in METHODS
+                },
                 "plain A": lambda: r @ x @ c.T,
-                "plain A_dagger": lambda: v.T @ (u.T @ small @ u) @ v,
+                "plain A_adjoint": lambda: r.T @ small @ c,
+                "plain A_dagger": lambda: inverse @ small @ inverse.T,
             },
             "antialiased interpolate",
             lambda: physics("Downsampling", shape, filter="bicubic", factor=4, padding="circular"),
@@ -153,10 +173,10 @@ def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callab
         "gaussian blur 61, reflect": (
             blur,
             {
-                "floor A": lambda: fft_pair(padded),
-                "floor A_dagger": lambda: fft_pair(padded),
+                **{f"floor {method}": lambda: fft_pair(padded) for method in METHODS},
                 "plain A": lambda: b @ x @ b.T,
-                "plain A_dagger": lambda: q @ (q @ x @ q) @ q,
+                "plain A_adjoint": lambda: b.T @ x @ b,
+                "plain A_dagger": lambda: vt.T @ (factors * (u.T @ x @ u)) @ vt,
             },
             "rfft2 + irfft2, padded",
             lambda: physics("Blur", filter=taps, padding="reflect", use_fft=True),
@@ -180,17 +200,15 @@ def table(n: int) -> list[str]:
         if other is not None:
             z = other.A(x)
             calls["deepinv A"] = lambda other=other, x=x: other.A(x)
+            calls["deepinv A_adjoint"] = lambda other=other, z=z: other.A_adjoint(z)
             calls["deepinv A_dagger"] = lambda other=other, z=z: other.A_dagger(z)
         with torch.no_grad():
-            ms = percentile_times(calls)
-        cells = [f"{ms[f'ours {method}']:.2f}" for method in ("A", "A_adjoint", "A_dagger")]
-        for column in ("floor", "plain", "deepinv"):
-            for method in ("A", "A_dagger"):
-                theirs = ms.get(f"{column} {method}")
-                ratio = f" ({ms[f'ours {method}'] / theirs:.2f})" if theirs else ""
-                cells.append(f"{theirs:.2f}{ratio}" if theirs else "absent")
-        lines.append(f"| {name} | {n} | " + " | ".join(cells) + f" | {what} |")
-        print(lines[-1], flush=True)
+            times = measure(calls)
+        for method in METHODS:
+            ours = times[f"ours {method}"]
+            cells = [cell(ours, times.get(f"{column} {method}")) for column in ("plain", "floor", "deepinv")]
+            lines.append(f"| {name} | {n} | {method} | {percentile(ours, 0.2):.2f} | " + " | ".join(cells) + f" | {what} |")
+            print(lines[-1], flush=True)
     return lines
 
 
@@ -221,13 +239,13 @@ HEAD = """\
 
 {machine}.
 
-Milliseconds for 3 channels, float32, batch 1; in brackets ours divided by theirs (below 1: ours is faster). All columns of a
-row are interleaved in one run; the machine is shared, so compare within rows only. *floor* is what cannot be avoided (named
-at the right), *plain* the simplest exact torch code for the same map.
+Milliseconds for 3 channels, float32, batch 1 (20th percentile over interleaved rounds). In brackets ours to theirs: **median**
+over the rounds, and quartiles; below 1 ours is faster. The machine is shared, so compare within rows only, and read two forms as
+equal where the quartiles hold 1. *plain* is the simplest exact torch code for the same map, without a check of anything; *floor* is
+what cannot be avoided, named at the right.
 
-| operator | size | ours A | ours A_adjoint | ours A_dagger | floor A | floor A_dagger | plain A | plain A_dagger | deepinv A | \
-deepinv A_dagger | floor |
-|---|---|---|---|---|---|---|---|---|---|---|---|"""
+| operator | size | method | ours | plain | floor | deepinv | floor |
+|---|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:

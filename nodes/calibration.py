@@ -4,11 +4,18 @@ import re
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..operators import Blur, gaussian_kernel
-from ..operators.calibration import estimate_blur_from_edge, estimate_gaussian_blur, estimate_noise_sigma, estimate_stripe_mask
+from ..operators.calibration import (
+    estimate_blur_from_edge,
+    estimate_blur_from_point,
+    estimate_gaussian_blur,
+    estimate_noise_sigma,
+    estimate_stripe_mask,
+)
 from . import host
 from .operators import kernel_picture
 from .types import CATEGORY, LinearOperatorType, OperatorRecipe, to_signal
@@ -84,33 +91,58 @@ class EstimateBlur(io.ComfyNode):
             node_id="PosteriorEstimateBlur",
             display_name="Estimate Blur",
             category=f"{CATEGORY}/calibration",
-            description="How strong a Gaussian blur is: from a crop of a straight edge that should be sharp (within a few percent), or from "
-            "the whole photo (within a factor of 1.5). Says so when it cannot tell.",
-            search_aliases=["deblur", "point spread function", "slanted edge", "estimate blur"],
+            description="What the blur is. From a crop of one point of light: any shape of blur. From a crop of a straight edge that should "
+            "be sharp: the width of a Gaussian blur, within a few percent. From the whole photo: the same, within a factor of 1.5. Says "
+            "so when it cannot tell.",
+            search_aliases=["deblur", "point spread function", "slanted edge", "estimate blur", "motion blur", "star"],
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Image.Input("photo", tooltip="A crop with one straight edge between two even areas, or the whole photo."),
+                io.Image.Input(
+                    "photo",
+                    tooltip="A crop with one straight edge between two even areas, a crop with one point of light on an even background, or "
+                    "the whole photo.",
+                ),
                 io.Combo.Input(
                     "method",
-                    options=["edge", "whole photo"],
+                    options=["edge", "whole photo", "point"],
                     default="edge",
-                    tooltip="edge: the picture is a crop of one edge. whole photo: a rough figure, when there is no such edge.",
+                    tooltip="edge: the picture is a crop of one edge. point: a crop of one star, far lamp, reflection or speck; gives the blur's "
+                    "shape, shaken or out of focus. whole photo: a rough figure, when there is neither.",
                 ),
             ],
             outputs=[
-                LinearOperatorType.Output("operator", tooltip="A Gaussian blur of this width, reflecting at the border."),
-                io.Float.Output("sigma", tooltip="Width of the blur in pixels, standard deviation."),
+                LinearOperatorType.Output("operator", tooltip="This blur, reflecting at the border."),
+                io.Float.Output(
+                    "sigma", tooltip="Width of the blur in pixels, standard deviation; for a point, over both directions."
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, photo: Tensor, method: str) -> io.NodeOutput:
-        estimate = estimate_blur_from_edge if method == "edge" else estimate_gaussian_blur
-        found = of_photo(estimate, photo)
-        taps = gaussian_kernel(found.sigma)
-        recipe = OperatorRecipe(f"gaussian blur of {found.sigma:.2f} pixels", lambda full: Blur(taps, full, "reflect"))
-        host.show_text(cls, f"sigma {found.sigma:.2f} pixels ({found.low:.2f} to {found.high:.2f})")
-        return io.NodeOutput(recipe, found.sigma, ui=ui.PreviewImage(kernel_picture(taps), cls=cls))
+        if method == "point":
+            point = of_photo(estimate_blur_from_point, photo)
+            taps, sigma = point.kernel, spread(point.kernel)
+            label = f"blur of {taps.shape[1]} x {taps.shape[0]} pixels"
+            text = f"{label}, noise {point.relative_error:.0%} of it"
+        else:
+            found = of_photo(estimate_blur_from_edge if method == "edge" else estimate_gaussian_blur, photo)
+            taps, sigma = gaussian_kernel(found.sigma), found.sigma
+            label = f"gaussian blur of {sigma:.2f} pixels"
+            text = f"sigma {sigma:.2f} pixels ({found.low:.2f} to {found.high:.2f})"
+        host.show_text(cls, text)
+        recipe = OperatorRecipe(label, lambda full: Blur(taps, full, "reflect"))
+        return io.NodeOutput(recipe, sigma, ui=ui.PreviewImage(kernel_picture(taps), cls=cls))
+
+
+def spread(taps: Tensor) -> float:
+    """Standard deviation of a kernel in pixels, over both directions."""
+    variance = 0.0
+    for weights in (taps.sum(1), taps.sum(0)):
+        position = torch.arange(len(weights), dtype=taps.dtype)
+        mean = (weights * position).sum()
+        variance += float((weights * (position - mean).square()).sum()) / 2
+    return variance**0.5
 
 
 NODES = [EstimateNoise, EstimateStripes, EstimateBlur]

@@ -3,8 +3,15 @@
 from .adapters import from_deepinv
 from .base import LinearOperator
 from .blur import Blur
-from .calibration import estimate_blur_from_edge, estimate_gaussian_blur, estimate_noise_sigma, estimate_stripe_mask
+from .calibration import (
+    estimate_blur_from_edge,
+    estimate_blur_from_point,
+    estimate_gaussian_blur,
+    estimate_noise_sigma,
+    estimate_stripe_mask,
+)
 from .compose import Product
+from .crop import Crop
 from .dense import Dense
 from .downscale import AreaDownscale, BicubicDownscale, LanczosDownscale
 from .iterative import ConvergenceError
@@ -18,6 +25,7 @@ OPERATORS = (
     Identity,
     Scale,
     Mask,
+    Crop,
     Grayscale,
     AreaDownscale,
     BicubicDownscale,
@@ -46,6 +54,7 @@ __all__ = [
     "BicubicDownscale",
     "Blur",
     "ConvergenceError",
+    "Crop",
     "Dense",
     "Grayscale",
     "Identity",
@@ -59,6 +68,7 @@ __all__ = [
     "box_mask",
     "disk_kernel",
     "estimate_blur_from_edge",
+    "estimate_blur_from_point",
     "estimate_gaussian_blur",
     "estimate_noise_sigma",
     "estimate_stripe_mask",

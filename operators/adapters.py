@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Shape, as_shape
-from .iterative import TOLERANCE, IterativeOperator
+from .iterative import IterativeOperator
 
 
 class Physics(Protocol):
@@ -31,7 +31,7 @@ class DeepinvOperator(IterativeOperator):
         ValueError: a measurement that is not one (B, c, h, w) tensor, or an `A_adjoint` that is not the adjoint of `A`.
     """
 
-    aim = TOLERANCE / 2
+    precision = torch.float32
 
     def __init__(self, physics: Physics, in_shape: Shape, device: str | torch.device = "cpu") -> None:
         self.in_shape = as_shape("in_shape", in_shape)

@@ -19,6 +19,8 @@ from torch import Tensor
 Shape = tuple[int, int, int]
 Spectral = Callable[[Tensor], Tensor]
 
+COMPUTED = (torch.float32, torch.float64)  # what the work is done in
+
 
 def as_shape(name: str, shape: tuple[int, ...]) -> Shape:
     """Check a (C, H, W) given by a caller and return it as a tuple of ints."""
@@ -71,6 +73,30 @@ class Table:
         return self.value.to(dtype.to_complex() if self.value.is_complex() else dtype)
 
 
+# Relative to the largest eigenvalue of A A^T; at or below it a direction is null. A singular value s of the largest is lost
+# when dropped (A A^+ A misses A by s) and spoils when kept (rounding comes back 1 / s times as large), so float64 is cut where
+# both weigh the same, at s = sqrt(eps) = 1.5e-8. float32 is cut at s = 1e-6, the smallest that it resolves (to some 6 %).
+EIGENVALUE_CUT = {torch.float64: torch.finfo(torch.float64).eps, torch.float32: 1e-12}
+
+
+class InverseTable(Table):
+    """gain / eigenvalue where the precision in use resolves the eigenvalue, 0 on null directions.
+
+    Args:
+        values: eigenvalues of A A^T, float64, the largest among them.
+        gain: broadcastable to them, real or complex.
+    """
+
+    def __init__(self, values: Tensor, gain: Tensor | float = 1.0) -> None:
+        super().__init__(values)
+        self._gain = gain
+
+    def _cast(self, dtype: torch.dtype) -> Tensor:
+        seen = self.value > EIGENVALUE_CUT[dtype] * self.value.max()
+        inverse = torch.where(seen, self._gain / torch.where(seen, self.value, 1.0), 0.0)
+        return inverse.to(dtype.to_complex() if inverse.is_complex() else dtype)
+
+
 class LinearOperator:
     """A linear map A from images `in_shape` to measurements `out_shape`, both (C, H, W), applied to batches (B, C, H, W).
 
@@ -78,10 +104,15 @@ class LinearOperator:
         in_shape, out_shape: shapes without the batch.
         exact: True when `A_dagger`, `gram` and everything built on them are closed forms (no iteration).
         batch: number of images the operator is bound to (one mask for each, say); 1 means any number.
+        precision: in which A itself is known: float64, or float32 for a map that computes in it whatever the input.
 
     Immutable: attributes are set once, tensors are copied in, and no method writes to its input. Constants are built in
     float64. float16 and bfloat16 inputs are computed in float32 and returned in their own dtype; float64 stays float64.
     Autograd flows through every method.
+
+    Directions whose singular value is at most 1.5e-8 of the largest (float32: 1e-6) count as null; see `EIGENVALUE_CUT`. So the
+    four Moore-Penrose identities hold to 1e-9 of the matrices' largest entries unless singular values crowd around that cut,
+    as those of a wide Gaussian blur do: then to 3e-9, which is what float64 allows.
 
     Raises:
         ValueError: from every method, when an input is not a floating-point batch of the right (C, H, W).
@@ -91,9 +122,7 @@ class LinearOperator:
     out_shape: Shape
     exact: bool = True
     batch: int = 1
-    # Relative to the largest eigenvalue of A A^T; at or below it a direction is null. It is a singular value of 1e-6, the
-    # smallest that float32 resolves (to some 6 %), so that both precisions invert the same directions.
-    eigenvalue_tol: float = 1e-12
+    precision: torch.dtype = torch.float64
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in self.__dict__:
@@ -122,6 +151,11 @@ class LinearOperator:
 
     def _gram(self, y: Tensor, h: Spectral) -> Tensor:
         raise NotImplementedError
+
+    def select(self, i: int) -> "LinearOperator":
+        """The operator of image i of a batch, itself where it is the same for all. Operators that can have a batch override this."""
+        assert self.batch == 1, f"{type(self).__name__} has a batch and no select"
+        return self
 
     def norm(self) -> float:
         """Largest singular value of A."""
@@ -175,7 +209,7 @@ class LinearOperator:
 
     def gram(self, y: Tensor, h: Spectral) -> Tensor:
         """h(A A^T) y, where `h` maps a tensor of eigenvalues (>= 0) elementwise. y: (B, *out_shape) -> same."""
-        return self._apply("y", y, self.out_shape, lambda v: self._gram(v, h))
+        return self._apply("y", y, self.out_shape, lambda v: self._gram(v, _in_precision(h)))
 
     def A_dagger(self, y: Tensor) -> Tensor:
         """Moore-Penrose pseudo-inverse A^+ y = A^T h(A A^T) y, h(l) = 1/l on the range and 0 elsewhere."""
@@ -191,7 +225,7 @@ class LinearOperator:
 
     def spectral(self, x: Tensor, f: Spectral) -> Tensor:
         """f(A^T A) x, where `f` maps a tensor of eigenvalues (>= 0) elementwise. x: (B, *in_shape) -> same."""
-        return self._apply("x", x, self.in_shape, lambda v: self._spectral(v, f))
+        return self._apply("x", x, self.in_shape, lambda v: self._spectral(v, _in_precision(f)))
 
     def prox_l2(self, z: Tensor, y: Tensor, gamma: float) -> Tensor:
         """argmin_x gamma/2 ||A x - y||^2 + 1/2 ||x - z||^2 = z + A^T (I/gamma + A A^T)^-1 (y - A z).
@@ -223,7 +257,8 @@ class LinearOperator:
         return moved
 
     def _seen(self, values: Tensor) -> Tensor:
-        return values > self.eigenvalue_tol * self.norm() ** 2
+        cut = max(EIGENVALUE_CUT[values.dtype], EIGENVALUE_CUT[self.precision])
+        return values > cut * self.norm() ** 2
 
     def _inverse(self, values: Tensor) -> Tensor:
         seen = self._seen(values)
@@ -233,16 +268,28 @@ class LinearOperator:
         if not isinstance(v, Tensor) or not v.is_floating_point():
             kind = v.dtype if isinstance(v, Tensor) else type(v).__name__
             raise ValueError(f"{name}: got {kind}, expected a floating-point tensor")
-        got = v.shape
+        got = tuple(v.shape)
         if len(got) != 4 or got[1:] != shape or got[0] == 0:
-            raise ValueError(f"{name}: got shape {tuple(got)}, expected (batch, {', '.join(map(str, shape))}) for {self!r}")
+            raise ValueError(f"{name}: got shape {got}, expected (batch, {', '.join(map(str, shape))}) for {self!r}")
         if self.batch not in (1, got[0]):
             raise ValueError(f"{name}: got a batch of {got[0]}, expected {self.batch}, the images that {self!r} is made for")
 
     def _apply(self, name: str, v: Tensor, shape: Shape, run: Callable[[Tensor], Tensor]) -> Tensor:
         """Check an input, compute in float32 or float64, return in the input's dtype."""
         self._check(name, v, shape)
-        return run(v if v.dtype == torch.float64 else v.float()).to(v.dtype)
+        if v.dtype in COMPUTED:
+            return run(v)
+        return run(v.float()).to(v.dtype)
+
+
+def _in_precision(f: Spectral) -> Spectral:
+    """A caller's function, whose values (a number, bool, another precision) become those of the computation."""
+    return lambda values: torch.as_tensor(f(values)).to(values).expand_as(values)
+
+
+def least_precise(*operators: LinearOperator) -> torch.dtype:
+    """The precision in which a map made of these is known."""
+    return max((operator.precision for operator in operators), key=EIGENVALUE_CUT.__getitem__)
 
 
 def _fresh(value: object) -> object:
@@ -273,7 +320,7 @@ class PixelwiseGram(LinearOperator):
 
     @functools.cached_property
     def _inverses(self) -> Table:
-        return Table(self._inverse(self.eigenvalues.value))
+        return InverseTable(self.eigenvalues.value)
 
     def norm(self) -> float:
         """Largest singular value of A."""

@@ -9,6 +9,8 @@ from .fourier import Fourier
 from .iterative import IterativeOperator
 from .separable import BOUNDARIES, Separable, band_matrix, convolution_matrix
 
+INVERTIBLE = 1e-7  # smallest share of the largest eigenvalue that is divided by; float64 then keeps nine digits
+
 
 class Blur(Delegate):
     """y[i] = sum_j k[j] x[i - j + c] for each channel: convolution, not correlation, with the kernel's centre c = h // 2.
@@ -68,7 +70,12 @@ class Blur(Delegate):
 
 
 class PaddedBlur(IterativeOperator):
-    """Crop o convolve o pad, for kernels that do not separate; the convolution by FFT on 5-smooth sizes."""
+    """Crop o convolve o pad, for kernels that do not separate; the convolution by FFT on 5-smooth sizes.
+
+    A kernel that is its own mirror image both ways (a disk, say) takes pictures that repeat by reflection to such pictures, so
+    that under "reflect" A^-1 is a division on the torus of twice the size, where no frequency is lost. That is no singular value
+    decomposition (it weighs border pixels unlike inner ones), so functions of A A^T are still iterated.
+    """
 
     def __init__(self, taps: Tensor, in_shape: Shape, boundary: str) -> None:
         _, h, w = self.in_shape = self.out_shape = in_shape
@@ -79,6 +86,22 @@ class PaddedBlur(IterativeOperator):
         self._margins = tuple(
             Table(margin) for n, t in zip((h, w), taps.shape, strict=True) for margin in _margin_matrices(n, t, boundary)
         )
+        self._inverse_transfer = _reflecting_inverse(taps, (h, w)) if boundary == "reflect" else None
+
+    def _pinv(self, y: Tensor) -> Tensor:
+        if self._inverse_transfer is None:
+            return super()._pinv(y)
+        wide = y.double() if y.device.type != "mps" else y
+        rows = torch.cat((wide, wide[..., 1:-1, :].flip(-2)), -2)
+        torus = torch.cat((rows, rows[..., 1:-1].flip(-1)), -1)
+        inverse = irfft2(rfft2(torus).mul_(self._inverse_transfer.like(torus)), s=torus.shape[-2:])
+        return inverse[..., : y.shape[-2], : y.shape[-1]].to(y.dtype, copy=True)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return super()._project(x) if self._inverse_transfer is None else x.clone()
+
+    def _project_range(self, y: Tensor) -> Tensor:
+        return super()._project_range(y) if self._inverse_transfer is None else y.clone()
 
     def _forward(self, x: Tensor) -> Tensor:
         top, bottom, left, right = (table.like(x) for table in self._margins)
@@ -104,6 +127,20 @@ def _margin_matrices(n: int, taps: int, boundary: str) -> tuple[Tensor, Tensor]:
     ones = torch.ones(1, 1, dtype=torch.float64)
     outside = torch.cat((torch.arange(-before, 0), torch.arange(n, n + after)))
     return band_matrix(ones.expand(before + after, 1), outside, n, boundary).split((before, after))
+
+
+def _reflecting_inverse(taps: Tensor, size: tuple[int, int]) -> Table | None:
+    """1 / transfer of a mirror-symmetric kernel on the torus of period 2 (n - 1), or None where there is no stable inverse."""
+    if not (
+        torch.equal(taps, taps.flip(0)) and torch.equal(taps, taps.flip(1)) and taps.shape[0] % 2 == taps.shape[1] % 2 == 1
+    ):
+        return None
+    h, w = (max(2 * n - 2, n) for n in size)
+    spread = torch.nn.functional.pad(taps, (0, w - taps.shape[1], 0, h - taps.shape[0]))
+    transfer = rfft2(spread.roll([-(n // 2) for n in taps.shape], (0, 1))).real  # symmetric, hence real
+    if transfer.abs().min() < INVERTIBLE * transfer.abs().max():
+        return None
+    return Table(1 / transfer)
 
 
 def _smooth_size(n: int) -> int:

@@ -8,10 +8,12 @@ outer grayscale or scale, inner the same per channel   they commute, which leads
 either dense                                           a dense matrix
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .base import Delegate, LinearOperator, PixelwiseGram, Spectral, Table
+from .base import Delegate, LinearOperator, PixelwiseGram, Spectral, Table, least_precise
 from .dense import Dense
 from .iterative import IterativeOperator
 from .pixelwise import Grayscale, Identity, Mask, Scale
@@ -50,29 +52,39 @@ class Product(Delegate):
         self.outer, self.inner = outer, inner
         self.in_shape, self.out_shape = inner.in_shape, outer.out_shape
         self.batch = max(outer.batch, inner.batch)
-        self.form = _best_form(_factors(self)) or _Chain(outer, inner)
+        self.precision = least_precise(outer, inner)
+        self.form = _best_form(factors(outer) + factors(inner)) or _Chain(outer, inner)
 
     def __repr__(self) -> str:
         return f"{self.outer!r} @ {self.inner!r}"
 
+    def select(self, i: int) -> LinearOperator:
+        """The product for image i."""
+        return self if self.batch == 1 else compose(self.outer.select(i), self.inner.select(i))
 
-def _factors(operator: LinearOperator) -> tuple[LinearOperator, ...]:
+
+def factors(operator: LinearOperator) -> tuple[LinearOperator, ...]:
     """The operators of a product, outermost first."""
     if isinstance(operator, Product):
-        return _factors(operator.outer) + _factors(operator.inner)
+        return factors(operator.outer) + factors(operator.inner)
     return (operator,)
 
 
-def _best_form(factors: tuple[LinearOperator, ...]) -> LinearOperator | None:
+def _best_form(chain: tuple[LinearOperator, ...]) -> LinearOperator | None:
     """A closed form of a product, over all ways to bracket it: (gray @ area) @ blur has none, gray @ (area @ blur) has."""
-    if len(factors) == 1:
-        return factors[0] if factors[0].exact else None
-    for split in range(1, len(factors)):
-        outer, inner = _best_form(factors[:split]), _best_form(factors[split:])
-        form = outer and inner and _closed_form(outer, inner)
-        if form:
-            return form
-    return None
+
+    @functools.cache  # each part of the chain is looked at once, not once for each bracketing
+    def best(first: int, end: int) -> LinearOperator | None:
+        if end - first == 1:
+            return chain[first] if chain[first].exact else None
+        for split in range(first + 1, end):
+            outer, inner = best(first, split), best(split, end)
+            form = outer and inner and _closed_form(outer, inner)
+            if form:
+                return form
+        return None
+
+    return best(0, len(chain))
 
 
 def _closed_form(outer: LinearOperator, inner: LinearOperator) -> LinearOperator | None:
@@ -110,6 +122,7 @@ class _Chained(LinearOperator):
         self.outer, self.inner = outer, inner
         self.in_shape, self.out_shape = inner.in_shape, outer.out_shape
         self.batch = max(outer.batch, inner.batch)
+        self.precision = least_precise(outer, inner)
 
     def _forward(self, x: Tensor) -> Tensor:
         return self.outer._forward(self.inner._forward(x))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fft import fft2, irfft2, rfft2
 
-from .base import LinearOperator, Shape, Spectral, Table
+from .base import InverseTable, LinearOperator, Shape, Spectral, Table
 
 
 class Fourier(LinearOperator):
@@ -51,17 +51,22 @@ class Fourier(LinearOperator):
         return Fourier(torch.fft.ifft2(coarse * fine).real, inner.in_shape, step)
 
     def _filter(self, v: Tensor, transfer: Tensor) -> Tensor:
-        return irfft2(rfft2(v) * transfer, s=v.shape[-2:])
+        return irfft2(rfft2(v).mul_(transfer), s=v.shape[-2:])
 
     def _forward(self, x: Tensor) -> Tensor:
-        return self._filter(x, self._transfer.like(x))[..., :: self.step[0], :: self.step[1]]
+        full = self._filter(x, self._transfer.like(x))
+        return full if self.step == (1, 1) else full[..., :: self.step[0], :: self.step[1]].clone()
 
     def _adjoint(self, y: Tensor) -> Tensor:
         if self.step == (1, 1):
-            return self._filter(y, self._transfer.like(y).conj())
+            return self._filter(y, self._conjugate.like(y))
         # Filling up with zeros repeats the spectrum.
         spectrum = fft2(y).tile(self.step)[..., : self.in_shape[2] // 2 + 1]
-        return irfft2(spectrum * self._transfer.like(y).conj(), s=self.in_shape[1:])
+        return irfft2(spectrum * self._conjugate.like(y), s=self.in_shape[1:])
+
+    @functools.cached_property
+    def _conjugate(self) -> Table:
+        return Table(self._transfer.value.conj().resolve_conj())
 
     def _gram(self, y: Tensor, h: Spectral) -> Tensor:
         return self._filter(y, h(self._eigenvalues.like(y)))
@@ -69,14 +74,14 @@ class Fourier(LinearOperator):
     def _back(self, y: Tensor, h: Spectral) -> Tensor:
         if self.step != (1, 1):
             return super()._back(y, h)
-        return self._filter(y, self._transfer.like(y).conj() * h(self._eigenvalues.like(y)))
+        return self._filter(y, self._conjugate.like(y) * h(self._eigenvalues.like(y)))
 
     def _pinv(self, y: Tensor) -> Tensor:
         return self._filter(y, self._inverse_transfer.like(y)) if self.step == (1, 1) else super()._pinv(y)
 
     @functools.cached_property
     def _inverse_transfer(self) -> Table:
-        return Table(self._transfer.value.conj() * self._inverse(self._eigenvalues.value))
+        return InverseTable(self._eigenvalues.value, self._conjugate.value)
 
     def _spectral(self, x: Tensor, f: Spectral) -> Tensor:
         return self._filter(x, f(self._eigenvalues.like(x))) if self.step == (1, 1) else super()._spectral(x, f)

@@ -24,9 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .base import LinearOperator
+from .base import LinearOperator, Shape
 from .blur import Blur
-from .compose import Product
+from .compose import Product, factors
+from .crop import Crop
 from .dense import Dense
 from .downscale import AreaDownscale, BicubicDownscale, LanczosDownscale
 from .measurement import Measurement
@@ -34,9 +35,10 @@ from .pixelwise import Grayscale, Identity, Mask, Scale
 from .stack import Stack
 
 VERSION = "1"
-MAX_SIDE = 16384  # of a picture; what a file declares is built in memory before any picture is seen
+MAX_SIDE = 16384  # of a picture
 MAX_PIXELS = 2**28
 MAX_OPERATORS = 64
+MAX_BUILT = 2**27  # numbers of 8 bytes that a file may ask for: a few hundred bytes can declare matrices of gigabytes
 
 StrPath = str | os.PathLike[str]
 
@@ -96,9 +98,9 @@ _Check = Callable[[str, object], object]  # (name, value from JSON) -> the argum
 _OPERATOR, _OPERATORS = "an operator", "operators"
 
 
-def _integer(name: str, value: object) -> int:
-    if type(value) is not int or not 1 <= value <= MAX_SIDE:
-        raise ValueError(f"{name}: got {_short(value)}, expected an integer from 1 to {MAX_SIDE}")
+def _integer(name: str, value: object, lowest: int = 1) -> int:
+    if type(value) is not int or not lowest <= value <= MAX_SIDE:
+        raise ValueError(f"{name}: got {_short(value)}, expected an integer from {lowest} to {MAX_SIDE}")
     return value
 
 
@@ -120,11 +122,11 @@ def _text(name: str, value: object) -> str:
     return value
 
 
-def _sizes(count: int) -> _Check:
+def _sizes(count: int, lowest: int = 1) -> _Check:
     def check(name: str, value: object) -> tuple[int, ...]:
         if not isinstance(value, list) or len(value) != count:
-            raise ValueError(f"{name}: got {_short(value)}, expected {count} positive integers")
-        sizes = tuple(_integer(name, item) for item in value)
+            raise ValueError(f"{name}: got {_short(value)}, expected {count} integers of {lowest} or more")
+        sizes = tuple(_integer(name, item, lowest) for item in value)
         if math.prod(sizes) > MAX_PIXELS:
             raise ValueError(f"{name}: got {list(sizes)}, expected at most {MAX_PIXELS} values")
         return sizes
@@ -140,17 +142,44 @@ class _Record:
         arguments: name -> what it is.
         read: name -> where to read it, for an argument that is not an attribute of the same name.
         build: the class, or what calls it.
+        size: about how many numbers building it makes beside those in the file, from the same arguments.
     """
 
     arguments: dict[str, "_Check | _Array | str"]
     build: Callable[..., LinearOperator]
     read: dict[str, Callable[[LinearOperator], object]] = field(default_factory=dict)
+    size: Callable[..., int] = lambda **arguments: 0
 
 
 def _build_product(outer: LinearOperator, inner: LinearOperator) -> Product:
     if outer.in_shape != inner.out_shape or (outer.batch != inner.batch and 1 not in (outer.batch, inner.batch)):
         raise ValueError(f"outer and inner do not fit: {outer!r} after {inner!r}")
     return Product(outer, inner)
+
+
+def _area_size(in_shape: Shape, factor: int) -> int:
+    return 2 * math.prod(-(-n // factor) for n in in_shape[1:])
+
+
+def _resampling_size(in_shape: Shape, out_size: tuple[int, int], boundary: str) -> int:
+    return 2 * sum(n * m for n, m in zip(in_shape[1:], out_size, strict=True))
+
+
+def _blur_size(kernel: Tensor, in_shape: Shape, boundary: str) -> int:
+    _, h, w = in_shape
+    return 5 * h * w + (0 if boundary == "circular" else h * h + w * w)
+
+
+def _product_size(outer: LinearOperator, inner: LinearOperator) -> int:
+    """Of the closed forms that may be tried: pixel by pixel, by rows and columns, and the matrix with a dense factor."""
+    shapes = (inner.in_shape, inner.out_shape, outer.out_shape)
+    size = sum(4 * c * h * w + h * h + w * w for c, h, w in shapes)
+    chain = factors(outer) + factors(inner)
+    for i, operator in enumerate(chain):
+        if isinstance(operator, Dense):
+            rows = max(math.prod(left.out_shape) for left in chain[: i + 1])
+            size += 2 * rows * max(math.prod(right.in_shape) for right in chain[i:])
+    return size
 
 
 _SHAPE = _sizes(3)
@@ -161,16 +190,19 @@ _RECORDS: dict[type[LinearOperator], _Record] = {
     Identity: _Record({"in_shape": _SHAPE}, Identity),
     Scale: _Record({"in_shape": _SHAPE, "gain": _number}, Scale),
     Mask: _Record({"keep": _Array(torch.uint8, 4), "channels": _integer}, Mask, {"channels": lambda mask: mask.in_shape[0]}),
+    Crop: _Record({"in_shape": _SHAPE, "size": _sizes(2), "corner": _sizes(2, 0)}, Crop),
     Grayscale: _Record({"in_shape": _SHAPE, "weights": _numbers}, Grayscale),
-    AreaDownscale: _Record({"in_shape": _SHAPE, "factor": _integer}, AreaDownscale),
-    BicubicDownscale: _Record(_RESAMPLING, BicubicDownscale),
-    LanczosDownscale: _Record(_RESAMPLING, LanczosDownscale),
+    AreaDownscale: _Record({"in_shape": _SHAPE, "factor": _integer}, AreaDownscale, size=_area_size),
+    BicubicDownscale: _Record(_RESAMPLING, BicubicDownscale, size=_resampling_size),
+    LanczosDownscale: _Record(_RESAMPLING, LanczosDownscale, size=_resampling_size),
     # The kernel in use is saved, which is normalised if it shall be.
     Blur: _Record(
-        {"kernel": _Array(torch.float64, 2), "in_shape": _SHAPE, "boundary": _text}, functools.partial(Blur, normalize=False)
+        {"kernel": _Array(torch.float64, 2), "in_shape": _SHAPE, "boundary": _text},
+        functools.partial(Blur, normalize=False),
+        size=_blur_size,
     ),
     Dense: _Record({"matrix": _Array(torch.float64, 2), "in_shape": _SHAPE, "out_shape": _SHAPE}, Dense),
-    Product: _Record({"outer": _OPERATOR, "inner": _OPERATOR}, _build_product),
+    Product: _Record({"outer": _OPERATOR, "inner": _OPERATOR}, _build_product, size=_product_size),
     Stack: _Record({"operators": _OPERATORS}, Stack),
 }
 _CLASSES = {cls.__name__: record for cls, record in _RECORDS.items()}
@@ -224,6 +256,7 @@ class _Reader:
         self._path, self._kind = os.fspath(path), kind
         self._used: set[str] = set()
         self._operators = 0
+        self._built = 0
 
     def __enter__(self) -> "_Reader":
         if not os.path.isfile(self._path):
@@ -302,6 +335,11 @@ class _Reader:
             got = sorted(given) if isinstance(given, dict) else given
             raise self._error(f"{name}: {cls} has the arguments {_short(got)}, expected {sorted(record.arguments)}")
         arguments = {key: self._argument(f"{name}.{key}", kind, given[key]) for key, kind in record.arguments.items()}
+        self._built += record.size(**arguments)
+        if self._built > MAX_BUILT:
+            raise self._error(
+                f"{name} ({cls}): takes {self._built:.1e} numbers to build, more than the {MAX_BUILT} of 8 bytes allowed"
+            )
         return self.build(f"{name} ({cls})", lambda: record.build(**arguments))
 
     def _argument(self, name: str, kind: "_Check | _Array | str", value: object) -> object:

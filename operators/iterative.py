@@ -17,6 +17,7 @@ from .base import Delegate, LinearOperator, Spectral
 from .dense import Dense
 
 LinearMap = Callable[[Tensor], Tensor]
+Context = torch.autograd.function.FunctionCtx
 
 TOLERANCE = 1e-6  # what every result reaches, or an error says that it does not
 MAX_ITERATIONS = 3000
@@ -34,7 +35,6 @@ class IterativeOperator(Delegate):
     """
 
     exact = False
-    aim: float = 1e-12  # what float64 inputs get where the iterations reach it
 
     @property
     def form(self) -> LinearOperator:
@@ -48,7 +48,9 @@ class IterativeOperator(Delegate):
             return None
         with torch.no_grad():
             columns = self._forward(torch.eye(n, dtype=torch.float64).unflatten(1, self.in_shape))
-        return Dense(columns.flatten(1).T, self.in_shape, self.out_shape)
+        dense = Dense(columns.flatten(1).T, self.in_shape, self.out_shape)
+        dense.precision = self.precision
+        return dense
 
     @functools.cached_property
     def _norm(self) -> float:
@@ -78,6 +80,7 @@ class Krylov(LinearOperator):
 
     def __init__(self, operator: IterativeOperator) -> None:
         self.in_shape, self.out_shape, self.batch = operator.in_shape, operator.out_shape, operator.batch
+        self.precision = operator.precision
         self.operator = operator
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -87,7 +90,8 @@ class Krylov(LinearOperator):
         return self.operator._adjoint(y)
 
     def _aim(self, v: Tensor) -> float:
-        return self.operator.aim if v.dtype == torch.float64 else TOLERANCE / 2
+        """What is tried for; TOLERANCE is what must be reached."""
+        return 1e-12 if v.dtype == self.precision == torch.float64 else TOLERANCE / 2
 
     def _pinv(self, y: Tensor) -> Tensor:
         solve = functools.partial(_least_squares, self._forward, self._adjoint, aim=self._aim(y))
@@ -127,19 +131,32 @@ class _Linear(torch.autograd.Function):
     """A linear map whose gradient is its transpose, by another call of its own."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, v: Tensor, apply: LinearMap, transpose: LinearMap) -> Tensor:
-        ctx.maps = transpose, apply
+    def forward(v: Tensor, apply: LinearMap, transpose: LinearMap) -> Tensor:
+        if not bool(torch.isfinite(v).all()):
+            raise ValueError("input: got NaN or infinite values, which no iteration can solve for")
         return apply(v)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _Linear.apply(gradient, *ctx.maps), None, None
+    def setup_context(ctx: Context, inputs: tuple[Tensor, LinearMap, LinearMap], output: Tensor) -> None:
+        ctx.maps = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor, None, None]:
+        apply, transpose = ctx.maps
+        return _Linear.apply(gradient, transpose, apply), None, None
+
+    @staticmethod
+    def jvp(ctx: Context, tangent: Tensor, *_: None) -> Tensor:
+        return _Linear.apply(tangent, *ctx.maps)
+
+    @staticmethod
+    def vmap(info: object, in_dims: tuple, v: Tensor, apply: LinearMap, transpose: LinearMap) -> tuple[Tensor, int]:
+        v = v.movedim(in_dims[0], 0)
+        return _Linear.apply(v.flatten(0, 1), apply, transpose).unflatten(0, v.shape[:2]), 0
 
 
 def _linear(v: Tensor, apply: LinearMap, transpose: LinearMap) -> Tensor:
     """apply(v) in float64, or float32 on a device that has no other; differentiable, in v's dtype."""
-    if not bool(torch.isfinite(v).all()):
-        raise ValueError("input: got NaN or infinite values, which no iteration can solve for")
     wide = v.double() if v.device.type != "mps" else v
     return _Linear.apply(wide, apply, transpose).to(v.dtype)
 

@@ -41,6 +41,10 @@ class Measurement:
         """||A x - y|| for each image, in [-1, 1] units. x: (B, *operator.in_shape) -> (B,)."""
         return torch.linalg.vector_norm((self.operator.A(x) - self.y).flatten(1), dim=1)
 
+    def select(self, i: int) -> "Measurement":
+        """The measurement of image i alone, a batch of one."""
+        return replace(self, y=self.y[i : i + 1], operator=self.operator.select(i))
+
     def to(self, *args: object, **kwargs: object) -> "Measurement":
         """A copy with its tensors moved, as `torch.Tensor.to` does (device, dtype, copy=...)."""
         return replace(self, y=self.y.to(*args, **kwargs), operator=self.operator.to(*args, **kwargs))

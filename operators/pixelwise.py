@@ -78,6 +78,10 @@ class Mask(PixelwiseGram):
         """The mask, float32, 1 = observed."""
         return self.eigenvalues.value.to(torch.float32, copy=True)
 
+    def select(self, i: int) -> "Mask":
+        """The mask of image i."""
+        return self if self.batch == 1 else Mask(self.eigenvalues.value[i : i + 1], channels=self.in_shape[0])
+
     def as_separable(self) -> Separable | None:
         """Stripes and frames keep whole rows times whole columns."""
         keep = self.eigenvalues.value
@@ -119,14 +123,16 @@ class Grayscale(PixelwiseGram):
         self.in_shape, self.out_shape = (c, h, w), (1, h, w)
         self.weights = tuple(values.tolist())
         self.eigenvalues = Table(values.square().sum().reshape(1, 1, 1, 1))
-        self._row = Table(values)
-        self._pinv_row = Table(values / values.square().sum())
+        self._row = Table(values[None, None])
+        self._column = Table(values[:, None, None])
+        self._pinv_column = Table((values / values.square().sum())[:, None, None])
 
     def _forward(self, x: Tensor) -> Tensor:
-        return (self._row.like(x) @ x.flatten(2)).unflatten(-1, x.shape[2:])[:, None]
+        # One row times each picture's (C, H W); `@` would copy the batch to make one product of it.
+        return torch.bmm(self._row.like(x).expand(len(x), -1, -1), x.flatten(2)).view(-1, *self.out_shape)
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        return self._row.like(y)[:, None, None] * y
+        return self._column.like(y) * y
 
     def _pinv(self, y: Tensor) -> Tensor:
-        return self._pinv_row.like(y)[:, None, None] * y
+        return self._pinv_column.like(y) * y

@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .base import LinearOperator, Shape, Spectral, Table
+from .base import InverseTable, LinearOperator, Shape, Spectral, Table
 
 BOUNDARIES = ("circular", "zero", "reflect", "replicate")
 
@@ -43,13 +43,15 @@ def convolution_matrix(taps: Tensor, n: int, boundary: str) -> Tensor:
 
 
 Bands = tuple[tuple[Table, int, int], ...]
+PseudoInverse = tuple[Table, Table, tuple[Table, Table, Table] | None]
 
 
 def _bands(matrix: Tensor) -> Bands:
     """Blocks of rows, each cut to the columns first..last that it uses: (block, first, last + 1)."""
     rows, columns = matrix.shape
-    # Found by timing; below some 256 x 256 a single product wins.
-    height = max(32, 32 * rows // columns) if matrix.numel() >= 2**16 else rows
+    if matrix.numel() < 2**16:  # found by timing: a single product wins
+        return ((Table(matrix), 0, columns),)
+    height = max(32, 32 * rows // columns)
     bands = []
     for block in matrix.split(height):
         used = block.any(0).nonzero().flatten().tolist() or [0]
@@ -59,14 +61,16 @@ def _bands(matrix: Tensor) -> Bands:
 
 def _from_left(bands: Bands, x: Tensor) -> Tensor:
     """M x."""
-    parts = [block.like(x) @ x[..., first:last, :] for block, first, last in bands]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+    if len(bands) == 1:
+        return bands[0][0].like(x) @ x
+    return torch.cat([block.like(x) @ x[..., first:last, :] for block, first, last in bands], -2)
 
 
 def _from_right(x: Tensor, bands: Bands) -> Tensor:
     """x M^T."""
-    parts = [x[..., first:last] @ block.like(x).mT for block, first, last in bands]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    if len(bands) == 1:
+        return x @ bands[0][0].like(x).mT
+    return torch.cat([x[..., first:last] @ block.like(x).mT for block, first, last in bands], -1)
 
 
 class Separable(LinearOperator):
@@ -127,21 +131,42 @@ class Separable(LinearOperator):
         return u_r @ (h(s.square()) * (u_r.mT @ y @ u_c)) @ u_c.mT
 
     def _back(self, y: Tensor, h: Spectral) -> Tensor:
-        s = self._svd[-1].like(y)
-        return self._to_picture(y, s * h(s.square()))
+        u_r, v_r, u_c, v_c, s = (table.like(y) for table in self._svd)
+        return v_r @ (s * h(s.square()) * (u_r.mT @ y @ u_c) @ v_c.mT)
 
     def _pinv(self, y: Tensor) -> Tensor:
-        return self._to_picture(y, self._inverses.like(y))
+        left, right, inner = self._inverse_double if y.dtype == torch.float64 else self._inverse_single
+        if inner is None:
+            return left.like(y) @ y @ right.like(y).mT
+        inverse, u_r, u_c = inner
+        return left.like(y) @ (inverse.like(y) * (u_r.like(y).mT @ y @ u_c.like(y)) @ right.like(y).mT)
 
     @functools.cached_property
-    def _inverses(self) -> Table:
-        s = self._svd[-1].value
-        return Table(s * self._inverse(s.square()))
+    def _inverse_single(self) -> PseudoInverse:
+        return self._inverse_for(torch.float32)
 
-    def _to_picture(self, y: Tensor, factors: Tensor) -> Tensor:
-        """V (factors * U^T y)."""
-        u_r, v_r, u_c, v_c, _ = (table.like(y) for table in self._svd)
-        return v_r @ (factors * (u_r.mT @ y @ u_c) @ v_c.mT)
+    @functools.cached_property
+    def _inverse_double(self) -> PseudoInverse:
+        return self._inverse_for(torch.float64)
+
+    def _inverse_for(self, dtype: torch.dtype) -> PseudoInverse:
+        """(R^+, C^+, None) where no direction is null, else (V_R, V_C, (1 / s, U_R, U_C)) without the null columns.
+
+        The pseudo-inverse of a Kronecker product is that of its factors, but directions are cut by the products of their singular
+        values.
+        """
+        u_r, v_r, u_c, v_c, s = (table.value for table in self._svd)
+        inverse = InverseTable(s.square(), s)
+        seen = inverse.like(torch.empty(0, dtype=dtype)) != 0
+        if bool(seen.all()):
+            s_r, s_c = s[:, :1] / s[0, 0].sqrt(), s[:1] / s[0, 0].sqrt()
+            return Table(v_r / s_r.mT @ u_r.mT), Table(v_c / s_c @ u_c.mT), None
+        i, j = int(seen.any(1).sum()), int(seen.any(0).sum())  # singular values descend
+        return (
+            Table(v_r[:, :i]),
+            Table(v_c[:, :j]),
+            (InverseTable(s[:i, :j].square(), s[:i, :j]), Table(u_r[:, :i]), Table(u_c[:, :j])),
+        )
 
     def _spectral(self, x: Tensor, f: Spectral) -> Tensor:
         _, v_r, _, v_c, s = (table.like(x) for table in self._svd)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import LinearOperator
+from .base import LinearOperator, least_precise
 from .iterative import IterativeOperator
 
 
@@ -32,8 +32,13 @@ class Stack(IterativeOperator):
             raise ValueError(f"operators: made for batches of {sorted(batches)} images, expected the same number")
         self.operators = operators
         self.batch = max(batches, default=1)
+        self.precision = least_precise(*operators)
         self.in_shape = shapes[0]
         self.out_shape = (1, 1, sum(torch.Size(operator.out_shape).numel() for operator in operators))
+
+    def select(self, i: int) -> "Stack":
+        """The stack for image i."""
+        return self if self.batch == 1 else Stack([operator.select(i) for operator in self.operators])
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Measurements (B, *operator.out_shape), in the order of the operators -> y, (B, 1, 1, N)."""

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from operators import (
     AreaDownscale,
     BicubicDownscale,
     Blur,
+    Crop,
     Dense,
     Grayscale,
     Identity,
@@ -21,12 +23,14 @@ from operators import (
     Scale,
     Stack,
     box_mask,
+    disk_kernel,
     from_deepinv,
     gaussian_kernel,
     motion_kernel,
     random_mask,
     stripe_mask,
 )
+from operators.base import EIGENVALUE_CUT
 
 S = (3, 13, 18)  # odd, rectangular
 D = (3, 12, 18)  # divisible by 2, 3, 6
@@ -65,6 +69,10 @@ CASES: dict[str, tuple[Callable[[], LinearOperator], bool]] = {
     "mask per channel": (lambda: Mask(random_mask(S, 0.4, seed=1, per_channel=True)), True),
     "mask box": (lambda: Mask(box_mask(S, (5, 7))), True),
     "mask stripes": (lambda: Mask(stripe_mask(S, 4, 2, 1, "both")), True),
+    "crop": (lambda: Crop(S, (7, 11), (2, 3)), True),
+    "blur @ crop": (lambda: Blur(kernel(3, 5), (3, 7, 11)) @ Crop(S, (7, 11), (2, 3)), True),
+    "bicubic @ crop": (lambda: BicubicDownscale((3, 9, 11), 2) @ Crop(S, (9, 11), (0, 7)), True),
+    "mask @ crop": (lambda: Mask(random_mask((3, 7, 11), 0.4, seed=1)) @ Crop(S, (7, 11), (6, 0)), True),
     "grayscale": (lambda: Grayscale(S), True),
     "grayscale of two": (lambda: Grayscale((2, 5, 7), (0.3, -1.2)), True),
     "area 1": (lambda: AreaDownscale(S, 1), True),
@@ -90,6 +98,11 @@ CASES: dict[str, tuple[Callable[[], LinearOperator], bool]] = {
     "blur zero, not separable": (lambda: Blur(kernel(3, 5), S, "zero"), False),
     "blur reflect, not separable": (lambda: Blur(kernel(4, 5), S, "reflect"), False),
     "blur replicate, not separable": (lambda: Blur(kernel(5, 2), S, "replicate"), False),
+    "blur reflect, a disk": (lambda: Blur(disk_kernel(1.7), (1, 13, 18), "reflect"), False),
+    "blur of one row": (lambda: Blur(kernel(1, 5), (3, 1, 18), "reflect"), True),
+    "blur of one column": (lambda: Blur(kernel(4, 1), (2, 13, 1), "replicate"), True),
+    "blur of one pixel": (lambda: Blur(kernel(1, 1), (1, 1, 1), "reflect"), True),
+    "bicubic 7/3": (lambda: BicubicDownscale(S, Fraction(7, 3)), True),
     "blur motion": (lambda: Blur(motion_kernel(3, 30), (1, 13, 18), "replicate"), False),
     "dense wide": (lambda: Dense(seeded(20, 60), (3, 4, 5), (5, 2, 2)), True),
     "dense tall, rank 3": (lambda: Dense(seeded(30, 3) @ seeded(3, 12), (3, 2, 2), (5, 3, 2)), True),
@@ -146,7 +159,10 @@ class Case:
 
     @functools.cached_property
     def pinv(self) -> Tensor:
-        return torch.linalg.pinv(self.matrix, rtol=1e-6)
+        u, values, _, v = self.svd
+        n = min(len(u), len(v))
+        seen = values[:n] > EIGENVALUE_CUT[self.operator.precision] * values.max()
+        return v[:, :n] * torch.where(seen, values[:n].rsqrt(), 0.0) @ u[:, :n].T
 
 
 def padded(values: Tensor, n: int) -> Tensor:

@@ -151,3 +151,15 @@ class TestStack:
             stack.join([random(1, 1, 12, 18), random(1, 3, 6, 8)])
         with pytest.raises(ValueError, match="y: got shape"):
             stack.split(random(1, 1, 1, 7))
+
+
+def test_select_takes_the_operator_of_one_image() -> None:
+    masks = Mask(torch.cat([random_mask(S, 0.5, seed=seed) for seed in range(3)]))
+    operators = [masks, Blur(gaussian_kernel(1.0), S) @ masks, Stack([masks, Grayscale(S) @ masks]), Identity(S)]
+    x = torch.randn(3, *S, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for operator in operators:
+        together = operator.A(x)
+        for i in range(3):
+            one = operator.select(i)
+            assert one.batch == 1
+            torch.testing.assert_close(one.A(x[i : i + 1]), together[i : i + 1], rtol=0, atol=1e-14)

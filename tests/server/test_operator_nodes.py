@@ -160,7 +160,6 @@ def test_noise_is_estimated(server: Server) -> None:
 def test_stripes_are_found(server: Server) -> None:
     stripes = {"period": 13, "width": 2, "offset": 4, "direction": "horizontal", "fraction": 0.0, "seed": 0}
     prompt = prompt_with((NODE["mask"], dynamic("pattern", "stripes", **stripes)))
-    prompt["1"]["inputs"]["first"] = 1  # portrait 0 wears a stripe of its own, which is taken for a defect
     prompt["e"] = {"class_type": "PosteriorEstimateStripes", "inputs": {"photo": ["2", 1]}, "_meta": {"title": "Find"}}
     prompt["m"] = {"class_type": "MaskToImage", "inputs": {"mask": ["e", 0]}, "_meta": {"title": "m"}}
     prompt["p"] = {"class_type": "PreviewImage", "inputs": {"images": ["m", 0]}, "_meta": {"title": "Lost"}}
@@ -188,6 +187,29 @@ def test_blur_is_estimated_from_an_edge(server: Server) -> None:
     prompt["t"] = {"class_type": "PreviewAny", "inputs": {"source": ["e", 1]}, "_meta": {"title": "Value"}}
     found = float(server.run(prompt)["t"]["text"][0])
     assert abs(found - 2.0) < 0.1
+
+
+def test_blur_is_estimated_from_a_point(server: Server) -> None:
+    """A point of light, shaken; the operator that comes out shakes another picture in the same way."""
+    motion = dynamic("kernel", "motion", length=11.0, angle=30.0, intensity=0.0, seed=0)
+    prompt = prompt_with((NODE["blur"], {**motion, "boundary": "reflect"}))
+    for key, value, size in (("dark", 0.05, 45), ("bright", 1.0, 3)):
+        solid = {"value": value, "width": size, "height": size}
+        prompt[key] = {"class_type": "SolidMask", "inputs": solid, "_meta": {"title": key}}
+    point = {"destination": ["dark", 0], "source": ["bright", 0], "x": 21, "y": 21, "operation": "add"}
+    prompt["point"] = {"class_type": "MaskComposite", "inputs": point, "_meta": {"title": "point"}}
+    prompt["1"] = {"class_type": "MaskToImage", "inputs": {"mask": ["point", 0]}, "_meta": {"title": "Truth"}}
+    inputs = {"photo": ["2", 1], "method": "point"}
+    prompt["e"] = {"class_type": "PosteriorEstimateBlur", "inputs": inputs, "_meta": {"title": "Estimate"}}
+    prompt["o"] = {"class_type": "PosteriorDemoPictures", "inputs": {"first": 0, "count": 1}, "_meta": {"title": "Other"}}
+    again = {"image": ["o", 0], "operator": ["e", 0], "sigma": 0.0, "seed": 0}
+    prompt["n"] = {"class_type": "PosteriorMeasureSimulate", "inputs": again, "_meta": {"title": "Again"}}
+    prompt["p"] = {"class_type": "PreviewImage", "inputs": {"images": ["n", 1]}, "_meta": {"title": "Blurred"}}
+    box = torch.ones(3, 3, dtype=torch.float64) / 9  # the point is three pixels wide, which adds to the blur
+    true = Blur(motion_kernel(11.0, 30.0), FULL, "reflect").A(Blur(box, FULL, "reflect").A(truth()))
+    error = np.abs(shown(server, prompt, "Blurred").astype(int) - as_picture(true))
+    assert error.mean() < 1.5
+    assert np.percentile(error, 99) < 10
 
 
 def test_lost_pixels_are_a_mask(server: Server) -> None:
