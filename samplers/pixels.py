@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d
 
 ROUNDING = 2 / 255 / 12**0.5  # standard deviation of the error of an 8-bit photo, in [-1, 1] units
 
@@ -64,3 +65,30 @@ def enforce_consistency(x: Tensor, measurement: Any, error: float, sweeps: int =
             break
         x = inside + operator.A_dagger(y - operator.A(inside))
     return x
+
+
+def feather_holes(x: Tensor, agreed: Tensor, keep: Tensor, width: float) -> Tensor:
+    """Let what a correction changed next to a hole fade out into the hole; kept pixels stay as they are.
+
+    The change agreed - x of kept pixels is carried into the hole as its Gaussian-weighted mean, times twice the weight that kept
+    pixels have there (1 at a straight edge), at most 1.
+
+    Args:
+        x, agreed: (B, C, H, W), before and after the correction.
+        keep: (1 or B, 1 or C, H, W), 1 on kept pixels, 0 in holes.
+        width: standard deviation of the Gaussian, in pixels, > 0.
+    """
+    radius = int(3 * width + 0.5)
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device) / width) ** 2)
+    taps = taps / taps.sum()
+
+    def smooth(v: Tensor) -> Tensor:
+        planes = v.flatten(0, 1)[:, None]
+        planes = conv2d(
+            conv2d(planes, taps[None, None, :, None], padding=(radius, 0)), taps[None, None, None], padding=(0, radius)
+        )
+        return planes.reshape(v.shape)
+
+    weight = smooth(keep)
+    change = smooth(keep * (agreed - x)) / weight.clamp(min=1e-12)
+    return torch.where(keep > 0, agreed, agreed + (2 * weight).clamp(max=1) * change)

@@ -2,20 +2,13 @@
 
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .steps import ddim_step, noise_sampler, vjp
-
-
-class Autoencoder(Protocol):
-    """Between scaled latents (B, c, h, w) and images (B, C, H, W) in [-1, 1]; both directions differentiable."""
-
-    def decode(self, z: Tensor) -> Tensor: ...
-
-    def encode(self, image: Tensor) -> Tensor: ...
+from .latent_consistency import match_by_decoder, measured_entries
+from .steps import Autoencoder, ddim_step, noise_sampler, per_image, vjp
 
 
 def psld_residuals(
@@ -28,7 +21,8 @@ def psld_residuals(
         measurement: with `y`, `operator`.
         autoencoder: E and D, or None for pixel space (D = E = I).
         glue: "pinv" glues with A^+, which makes the glued image meet A x = y for any A; "adjoint" is the letter of the paper,
-            the same where A A^T = I; None leaves the second norm out, and with it A^+ and the encoder.
+            the same where A A^T = I; "goodness" glues nothing, x_g = D(z0); None leaves the second norm out, and with it A^+
+            and the encoder.
 
     Returns:
         ||A D(z0) - y||, (B,), in [-1, 1] image units.
@@ -40,7 +34,9 @@ def psld_residuals(
     fit = torch.linalg.vector_norm(residual.flatten(1), dim=1)
     if glue is None:
         return fit, None
-    glued = image + (operator.A_dagger(residual) if glue == "pinv" else operator.A_adjoint(residual))
+    glued = image
+    if glue != "goodness":
+        glued = image + (operator.A_dagger(residual) if glue == "pinv" else operator.A_adjoint(residual))
     recoded = glued if autoencoder is None else autoencoder.encode(glued)
     return fit, torch.linalg.vector_norm((recoded - denoised).flatten(1), dim=1)
 
@@ -58,12 +54,22 @@ def sample_psld(
     omega: float | Tensor = 1.0,
     gamma: float | Tensor = 0.1,
     eta: float = 0.0,
-    glue: Literal["pinv", "adjoint"] = "pinv",
+    glue: Literal["pinv", "adjoint", "goodness"] = "pinv",
     squared: bool = False,
+    rule: Literal["paper", "line_search"] = "paper",
+    inner_steps: int = 1,
+    last_steps: int = 10,
 ) -> Tensor:
     """Sample the posterior with PSLD. Every norm, step and random number is per image: a batch equals single runs.
 
-    With gamma = 0 it is latent DPS; with autoencoder = None and gamma = 0 it is DPS (Chung et al., ICLR 2023).
+    Relatives of PSLD as settings: gamma = 0 is latent DPS; glue = "goodness" is GML-DPS (eq. 8 of the paper); autoencoder = None
+    and gamma = 0 is DPS (Chung et al., ICLR 2023).
+
+    The paper's steps omega grad ||A D(z0) - y|| have a length that knows neither the number of steps nor the operator, which is
+    why it takes 1000 of them. rule = "line_search" finds the length instead, in 20 to 50 calls: conjugate gradients with an
+    exact line search move z0 towards the measurement through the decoder, not below the noise, and the network's vector-Jacobian
+    product carries that move d to x, scaled so that it would give d back in a network with <d, J J^T d> = ||d||^2 (a Polyak
+    step). The last step needs no network gradient and takes `last_steps` inner ones.
 
     Args:
         model: `model(x, sigma, **extra_args)` -> denoised x0, differentiable. sigma: (B,).
@@ -75,18 +81,65 @@ def sample_psld(
         measurement: `Measurement` on the device of x.
         autoencoder: E and D, or None for a pixel-space model.
         omega: weight of the measurement term ||A D(z0) - y||: a number, or a matrix (d, d), d = c h w, that multiplies its
-            gradient (the matrix steps of the paper's theory).
-        gamma: the same for the gluing term ||E(A^+ y + (I - A^+ A) D(z0)) - z0||.
+            gradient (the matrix steps of the paper's theory). With rule = "line_search" the share of the found step, a number.
+        gamma: the same for the gluing term ||E(A^+ y + (I - A^+ A) D(z0)) - z0||; 0 with rule = "line_search".
         eta: 0 is DDIM, 1 is DDPM noise.
-        glue: "pinv", or "adjoint" for the letter of the paper.
+        glue: "pinv"; "adjoint" for the letter of the paper; "goodness" for ||E(D(z0)) - z0||.
         squared: squared norms, as in the paper's theory (section 3.2); its experiments, and the default, use plain norms.
+        rule: "paper" or "line_search".
+        inner_steps: steps of conjugate gradients in each step but the last; used by rule = "line_search" only.
+        last_steps: the same in the last step.
 
     Returns:
         x at sigmas[-1], (B, c, h, w), detached.
 
     Raises:
-        ValueError: negative weights, an eta outside [0, 1], an unknown glue, rising sigmas, batches that do not fit.
+        ValueError: negative weights, an eta outside [0, 1], an unknown glue or rule, weights the rule has no use for, rising
+            sigmas, batches that do not fit.
     """
+    _check(x, sigmas, measurement, omega, gamma, eta, glue, rule, inner_steps, last_steps)
+    glued = glue if isinstance(gamma, Tensor) or gamma > 0 else None
+    extra_args = extra_args or {}
+    noise = noise_sampler(x, extra_args.get("seed"))
+    search = LineSearch(measurement, autoencoder, omega, inner_steps, last_steps) if rule == "line_search" else None
+    x = x.detach()
+    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+        through_network = search is None or bool(sigma_next > 0)
+        with torch.set_grad_enabled(through_network):
+            x = x.requires_grad_(through_network)
+            z0 = model(x, sigma.expand(len(x)), **extra_args)
+        if search is None:
+            # The gradient stops at z0 and goes on as a vector-Jacobian product: the autoencoder's graph is freed before the
+            # network's is walked, and the product can be scaled for float16 networks.
+            with torch.enable_grad():
+                z = z0.detach().requires_grad_()
+                fit, gap = psld_residuals(z, measurement, autoencoder, glued)
+                terms = [(omega, fit)] if gap is None else [(omega, fit), (gamma, gap)]
+                step = _weighted_gradient(x, z0, z, terms, squared)
+            # Algorithm 2 steps in the variance-preserving state z = x / c, c = sqrt(1 + sigma^2): grad_z = c grad_x, and a
+            # step of z after the move to sigma_next is c_next times that step of x.
+            step = -((1 + sigma**2) * (1 + sigma_next**2)).sqrt() * step
+        else:
+            step, fit = search.step(x, z0, sigma_next)
+        x, z0 = x.detach(), z0.detach()
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": z0, "residual": fit.detach()})
+        x = ddim_step(x, z0, sigma, sigma_next, eta, noise) + step
+    return x
+
+
+def _check(
+    x: Tensor,
+    sigmas: Tensor,
+    measurement: Any,
+    omega: float | Tensor,
+    gamma: float | Tensor,
+    eta: float,
+    glue: str,
+    rule: str,
+    inner_steps: int,
+    last_steps: int,
+) -> None:
     for name, value in (("omega", omega), ("gamma", gamma)):
         if isinstance(value, Tensor) and value.shape != (x[0].numel(),) * 2:
             raise ValueError(f"{name}: got a matrix {tuple(value.shape)}, expected ({x[0].numel()}, {x[0].numel()})")
@@ -94,33 +147,45 @@ def sample_psld(
             raise ValueError(f"{name}: got {value}, expected a finite number >= 0, or a matrix")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: got {eta}, expected a number between 0 (DDIM) and 1 (DDPM)")
-    if glue not in ("pinv", "adjoint"):
-        raise ValueError(f'glue: got {glue!r}, expected "pinv" or "adjoint"')
+    if glue not in ("pinv", "adjoint", "goodness"):
+        raise ValueError(f'glue: got {glue!r}, expected "pinv", "adjoint" or "goodness"')
+    if rule not in ("paper", "line_search"):
+        raise ValueError(f'rule: got {rule!r}, expected "paper" or "line_search"')
+    if rule == "line_search" and (isinstance(omega, Tensor) or isinstance(gamma, Tensor) or gamma > 0):
+        raise ValueError('omega, gamma: with rule "line_search" omega is a number and gamma 0; it has no gluing term')
+    for name, value in (("inner_steps", inner_steps), ("last_steps", last_steps)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
     if sigmas.ndim != 1 or not bool(((sigmas[:-1] >= sigmas[1:]) & (sigmas[:-1] > 0)).all()) or float(sigmas.min()) < 0:
         raise ValueError(f"sigmas: got {sigmas.tolist()}, expected a falling list of numbers > 0, the last one >= 0")
     if len(measurement.y) not in (1, len(x)):
         raise ValueError(f"x: got a batch of {len(x)} for a measurement of {len(measurement.y)}, expected equal batches")
-    glued = glue if isinstance(gamma, Tensor) or gamma > 0 else None
-    extra_args = extra_args or {}
-    noise = noise_sampler(x, extra_args.get("seed"))
-    x = x.detach()
-    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-        with torch.enable_grad():
-            x = x.requires_grad_()
-            z0 = model(x, sigma.expand(len(x)), **extra_args)
-            # The gradient stops at z0 and goes on as a vector-Jacobian product: the autoencoder's graph is freed before the
-            # network's is walked, and the product can be scaled for float16 networks.
-            z = z0.detach().requires_grad_()
-            fit, gap = psld_residuals(z, measurement, autoencoder, glued)
-            step = _weighted_gradient(x, z0, z, [(omega, fit)] if gap is None else [(omega, fit), (gamma, gap)], squared)
-        x, z0 = x.detach(), z0.detach()
-        if callback is not None:
-            callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": z0, "residual": fit.detach()})
-        # Algorithm 2 steps in the variance-preserving state z = x / c, c = sqrt(1 + sigma^2): grad_z = c grad_x, and a step
-        # of z after the move to sigma_next is c_next times that step of x.
-        scale = ((1 + sigma**2) * (1 + sigma_next**2)).sqrt()
-        x = ddim_step(x, z0, sigma, sigma_next, eta, noise) - scale * step
-    return x
+
+
+class LineSearch:
+    """The steps of rule = "line_search"; see `sample_psld`."""
+
+    def __init__(
+        self, measurement: Any, autoencoder: Autoencoder | None, omega: float, inner_steps: int, last_steps: int
+    ) -> None:
+        self.measurement, self.autoencoder = measurement, autoencoder
+        self.omega, self.inner_steps, self.last_steps = omega, inner_steps, last_steps
+        self.entries = measured_entries(measurement)
+
+    def step(self, x: Tensor, z0: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+        """What to add to x after the move to sigma_next, (B, c, h, w), and ||A D(z0) - y||, (B,)."""
+        last = not x.requires_grad
+        steps = self.last_steps if last else self.inner_steps
+        target, fit = match_by_decoder(z0, self.measurement, self.autoencoder, steps, self.entries)
+        if last:
+            return target - z0.detach(), fit
+        move = self.omega * (target - z0.detach())
+        back = vjp(z0, x, move)
+        size, length = (v.flatten(1).norm(dim=1) for v in (move, back))
+        # Where the network hardly reacts to x the scale explodes: never move x by more than the noise it still has.
+        longest = sigma_next * x[0].numel() ** 0.5
+        tiny = torch.finfo(x.dtype).tiny ** 0.5
+        return per_image(torch.minimum((size / length.clamp(min=tiny)) ** 2, longest / length.clamp(min=tiny)), x) * back, fit
 
 
 def _weighted_gradient(x: Tensor, z0: Tensor, z: Tensor, terms: list[tuple[float | Tensor, Tensor]], squared: bool) -> Tensor:

@@ -1,14 +1,23 @@
-"""What the samplers share: the DDIM step, seeded noise, and the vector-Jacobian product through a network.
+"""What the samplers share: the autoencoder, the DDIM step, seeded noise, and the vector-Jacobian product through a network.
 
 All in the k-diffusion state x = x0 + sigma * eps; the variance-preserving state is x / sqrt(1 + sigma^2).
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 NoiseSampler = Callable[[], Tensor]
+
+
+class Autoencoder(Protocol):
+    """Between scaled latents (B, c, h, w) and images (B, C, H, W) in [-1, 1]; both directions differentiable."""
+
+    def decode(self, z: Tensor) -> Tensor: ...
+
+    def encode(self, image: Tensor) -> Tensor: ...
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:

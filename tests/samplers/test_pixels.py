@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from operators import AreaDownscale, Blur, Grayscale, Identity, Mask, Measurement, gaussian_kernel
-from samplers import enforce_consistency, fill_unseen
+from samplers import enforce_consistency, feather_holes, fill_unseen
 
 
 def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -107,3 +107,27 @@ def test_noisy_is_the_posterior_mean() -> None:
     x, y = uniform(1, 3, 4, 4), uniform(1, 3, 4, 4, seed=1)
     out = enforce_consistency(x, Measurement(y, Identity((3, 4, 4)), sigma=0.2), error=0.1)
     torch.testing.assert_close(out, (x / 0.1**2 + y / 0.2**2) / (1 / 0.1**2 + 1 / 0.2**2))
+
+
+# Feathering ---------------------------------------------------------------------------------------------------------------
+
+
+def test_feather_fades_the_change_into_the_hole_and_keeps_kept_pixels() -> None:
+    """A picture that is 0.2 too dark beside the photo: the step at the hole's edge goes, the middle of the hole stays."""
+    keep = torch.ones(1, 1, 40, 40, dtype=torch.float64)
+    keep[..., 8:32, 8:32] = 0
+    truth = torch.rand(2, 3, 40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = truth - 0.2
+    agreed = torch.where(keep > 0, truth, x)
+    out = feather_holes(x, agreed, keep, 2.0)
+    assert torch.equal(out * keep, agreed * keep)
+    torch.testing.assert_close(out[..., 20, 20], x[..., 20, 20], rtol=0, atol=1e-3)
+    step = (out - truth)[..., 20, 8:32]  # 0 would be seamless, -0.2 is the hard edge
+    assert float(step[..., 0].abs().max()) < 0.05
+    assert bool((step[..., :12].diff(dim=-1) <= 1e-9).all())  # fades evenly
+
+
+def test_feather_changes_nothing_where_nothing_was_corrected() -> None:
+    keep = (torch.rand(1, 1, 20, 20, generator=torch.Generator().manual_seed(1)) < 0.5).double()
+    x = torch.rand(1, 3, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(feather_holes(x, x, keep, 3.0), x)

@@ -1,14 +1,18 @@
 """PSLD against the linear theory of its paper, and what every sampler here promises: per image, seeded, checked input."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.analytic import GaussianMixture
 from torch import Tensor
 
-from operators import AreaDownscale, Identity, Mask, Measurement
+from operators import AreaDownscale, Dense, Identity, Mask, Measurement
+from prior import networks
+from prior.draw import draw
 from samplers import sample_psld
 from samplers.steps import noise_sampler, vjp
 
@@ -47,7 +51,7 @@ class Linear:
 
     A_dagger = A_adjoint
 
-    def step(self, eta: Any, gamma: Any, beta: float = 0.3) -> tuple[Tensor, float]:
+    def step(self, eta: Any, gamma: Any, beta: float = 0.3, **options: Any) -> tuple[Tensor, float]:
         """One reverse step of z1 = sqrt(1 - beta) z0 + sqrt(beta) eps, whose denoiser is c z1, c = sqrt(1 - beta)."""
         c = (1 - beta) ** 0.5
         sigmas = torch.tensor([(beta / (1 - beta)) ** 0.5, 0.0], dtype=F64)
@@ -60,8 +64,13 @@ class Linear:
             omega=eta,
             gamma=gamma,
             squared=True,
+            **options,
         )
         return z, c
+
+
+def dense(toy: Linear, seen: int) -> Dense:
+    return Dense(toy.a, (1, 1, 10), (1, 1, seen))
 
 
 C = (1 - 0.3) ** 0.5
@@ -104,6 +113,83 @@ def test_null_modes_keep_the_denoised_value() -> None:
     torch.testing.assert_close(z @ toy.m, toy.z0 @ toy.m, rtol=0, atol=1e-10)
 
 
+def test_goodness_term_has_no_gradient_where_the_autoencoder_is_perfect() -> None:
+    """(v): with S^T S = I, E(D(z)) = z for every z. With another encoder the term moves z."""
+    toy = Linear(seen=4)
+    plain, _ = toy.step(0.3, 0.0)
+    z, _ = toy.step(0.3, 0.7, glue="goodness")
+    torch.testing.assert_close(z, plain, rtol=0, atol=1e-10)
+    toy.encode = lambda x: 1.1 * x @ toy.s
+    z, _ = toy.step(0.3, 0.7, glue="goodness")
+    assert float((z - plain).norm()) > 1e-3
+
+
+# The line search ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.1])
+@pytest.mark.parametrize("seen", [3, 9])
+def test_line_search_meets_the_measurement_as_far_as_its_noise(seen: int, sigma: float) -> None:
+    toy = Linear(seen)
+    noise = sigma * torch.randn(1, 1, 1, seen, dtype=F64, generator=generator(9))
+    measurement = Measurement(toy.measurement.y + noise, dense(toy, seen), sigma)
+    sigmas = torch.tensor([3.0, 1.0, 0.3, 0.0], dtype=F64)
+    z = sample_psld(
+        lambda x, sigma: x / (1 + sigma[:, None, None, None] ** 2),
+        toy.z1 * 3,
+        sigmas,
+        measurement=measurement,
+        autoencoder=toy,
+        gamma=0.0,
+        rule="line_search",
+        last_steps=12,
+    )
+    rms = float(measurement.residual_norm(toy.decode(z))) / seen**0.5
+    assert rms <= 1.001 * sigma + 1e-6
+
+
+def test_line_search_step_is_polyaks_through_the_network() -> None:
+    """The move d of z0 becomes J^T d ||d||^2 / ||J^T d||^2, here with J a multiple of the identity, so d / J itself."""
+    x = torch.randn(1, 3, 6, 4, dtype=F64, generator=generator(1))
+    y = torch.zeros(1, 3, 6, 4, dtype=F64)
+    sigmas = torch.tensor([2.0, 1.5], dtype=F64)
+    out = sample_psld(
+        lambda x, sigma: 0.4 * x, x, sigmas, measurement=Measurement(y, Identity((3, 6, 4))), gamma=0.0, rule="line_search"
+    )
+    z0 = 0.4 * x
+    torch.testing.assert_close(out, z0 + 0.75 * (x - z0) - z0 / 0.4, rtol=0, atol=1e-6)
+
+
+def test_line_search_moves_no_further_than_the_noise_that_is_left() -> None:
+    x = torch.randn(2, 3, 6, 4, dtype=F64, generator=generator(1))
+    y = torch.ones(2, 3, 6, 4, dtype=F64)
+    sigmas = torch.tensor([2.0, 1.5], dtype=F64)
+    out = sample_psld(
+        lambda x, sigma: 1e-3 * x, x, sigmas, measurement=Measurement(y, Identity((3, 6, 4))), gamma=0.0, rule="line_search"
+    )
+    free = 1e-3 * x + 0.75 * (x - 1e-3 * x)
+    torch.testing.assert_close((out - free).flatten(1).norm(dim=1), torch.full((2,), 1.5 * 72**0.5, dtype=F64))
+
+
+def test_twenty_calls_with_line_search_beat_twenty_of_the_paper() -> None:
+    """On the demo prior, x8 super-resolution of held-out portraits: by 1 dB at least (measured: see benchmarks/results)."""
+    unet, autoencoder = networks.load()
+    truth = torch.stack([torch.from_numpy(np.array(draw(1_200_000 + i))) for i in range(2)]).movedim(3, 1).float() / 127.5 - 1
+    operator = AreaDownscale((3, 128, 128), 8)
+    measurement = Measurement(operator.A(truth), operator)
+    sigmas = networks.noise_levels().float()[torch.linspace(999, 0, 20).round().long()]
+    sigmas = torch.cat([sigmas, torch.zeros(1)])
+    x = torch.randn(2, 4, 16, 16, generator=generator(5)) * sigmas[0]
+
+    def psnr(**options: Any) -> float:
+        z = sample_psld(partial(networks.denoise, unet), x, sigmas, measurement=measurement, autoencoder=autoencoder, **options)
+        with torch.no_grad():
+            error = ((autoencoder.decode(z).clamp(-1, 1) - truth) / 2).square().mean()
+        return float(-10 * error.log10())
+
+    assert psnr(rule="line_search", omega=0.8, gamma=0.0) > psnr(omega=1.0, gamma=0.1) + 1
+
+
 # Per image, seeded --------------------------------------------------------------------------------------------------------
 
 
@@ -129,13 +215,14 @@ def run(y: Tensor, operator: Any, x: Tensor, seed: int = 0, sigmas: Tensor = SIG
     return sample_psld(model, x, sigmas, {"seed": seed}, measurement=Measurement(y, operator), **arguments)
 
 
+@pytest.mark.parametrize("options", [{}, {"rule": "line_search", "gamma": 0.0}])
 @pytest.mark.parametrize("operator", [AreaDownscale((3, 6, 4), 2), Identity((3, 6, 4))])
-def test_a_batch_equals_single_runs(operator: Any) -> None:
+def test_a_batch_equals_single_runs(operator: Any, options: dict[str, Any]) -> None:
     x = 5 * torch.randn(3, 3, 6, 4, dtype=F64, generator=generator(1))
     y = operator.A(torch.rand(3, 3, 6, 4, dtype=F64, generator=generator(2)) * 2 - 1)
-    batch = run(y, operator, x, seed=4)
-    single = torch.cat([run(y[i : i + 1], operator, x[i : i + 1], seed=4 + i) for i in range(3)])
-    torch.testing.assert_close(batch, single, rtol=0, atol=1e-12)
+    batch = run(y, operator, x, seed=4, **options)
+    single = torch.cat([run(y[i : i + 1], operator, x[i : i + 1], seed=4 + i, **options) for i in range(3)])
+    torch.testing.assert_close(batch, single, rtol=0, atol=1e-9)
 
 
 def test_a_mask_for_each_image() -> None:
@@ -223,6 +310,9 @@ def test_input_is_not_changed() -> None:
         ({"gamma": float("nan")}, "gamma: got nan"),
         ({"eta": 1.5}, "eta: got 1.5"),
         ({"glue": "average"}, "glue: got 'average'"),
+        ({"rule": "armijo"}, "rule: got 'armijo'"),
+        ({"rule": "line_search"}, "omega, gamma: with rule .* gamma 0"),
+        ({"inner_steps": 0}, "inner_steps: got 0"),
         ({"sigmas": torch.tensor([2.0, 0.0, 0.0])}, "sigmas: got .* expected a falling list"),
         ({"y": torch.zeros(3, 3, 6, 4)}, "x: got a batch of 1 for a measurement of 3"),
         ({"omega": torch.eye(3)}, r"omega: got a matrix \(3, 3\), expected \(72, 72\)"),

@@ -1,0 +1,351 @@
+"""C-PiGDM: posterior sampling in few network calls (Pandey, Yang and Mandt, NeurIPS 2024, arXiv 2405.17673), and beyond it.
+
+Guidance adds sigma Omega (x_y - x0) to the flow of x, x_y = A^+ y. The paper integrates its stiff linear part exactly; in the
+k-state the step is closed form, with theta = E(sigma) / E(sigma_next) of `weights.py` for each singular direction:
+
+    x0c = x0 + V (1 - theta) V^T (x_y - x0)
+    x+  = x0c + sigma_next eps + V Psi V^T j,      j = (d eps / d x)^T V Omega V^T (x_y - x0)
+
+The default, weight = "dual", keeps a memory between steps: see `Dual`.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .latent_consistency import match_by_decoder, match_by_encoder, measured_entries
+from .steps import Autoencoder, ddim_step, noise_sampler, per_image, vjp
+from .weights import Bayes, Paper, Weight, over_compensated, psi, pull
+
+WEIGHTS, INTEGRATORS, JACOBIANS = ("dual", "bayes", "paper"), ("conjugate", "euler", "discrete"), ("off", "k", "vp")
+CONSISTENCIES = ("decoder", "encoder")
+Spectral = Callable[[Tensor], Tensor]
+
+
+def sample_cpigdm(
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    disable: bool | None = None,
+    *,
+    measurement: Any,
+    autoencoder: Autoencoder | None = None,
+    weight: Literal["dual", "bayes", "paper"] = "dual",
+    w: float = 15.0,
+    tau: float | None = None,
+    reach: float | None = None,
+    eta: float = 0.0,
+    consistency: Literal["decoder", "encoder"] = "decoder",
+    inner_steps: int = 3,
+    last_steps: int = 10,
+    jacobian: Literal["off", "k", "vp"] = "off",
+    integrator: Literal["conjugate", "euler", "discrete"] = "conjugate",
+    lam: float = 0.0,
+) -> Tensor:
+    """Sample the posterior in 5 to 20 network calls. Every step and random number is per image: a batch equals single runs.
+
+    One call of the network each step, without its gradient unless `jacobian` asks for it. Relatives as settings:
+
+    * the paper's C-PiGDM: weight = "paper", jacobian = "vp"; sigma from 2.03 (its t = 0.4), w = 15, with noise 2;
+    * DDNM: weight = "paper", w = infinity. DDIM: weight = "paper", w = 0;
+    * PiGDM (Song et al., ICLR 2023): integrator = "discrete", weight = "bayes", tau = infinity (r = sigma), jacobian = "k",
+      eta = 1; as an Euler method for the guided flow: integrator = "euler", tau = 1;
+    * DPS, latent DPS and GML-DPS are settings of `sample_psld`.
+
+    Args:
+        model: `model(x, sigma, **extra_args)` -> denoised x0; differentiable if `jacobian` is not "off". sigma: (B,).
+        x: (B, c, h, w) at sigmas[0] in the k-state x = x0 + sigma * eps: noise, or `fill_unseen(measurement)` (encoded, for a
+            latent model) plus noise.
+        sigmas: (steps + 1,), never rising, positive except for a last 0.
+        extra_args: passed to the model; "seed" seeds the noise that eta > 0 adds.
+        callback: called each step with x, i, sigma, sigma_hat, denoised (detached) and residual, ||A D(x0) - y|| (B,).
+        disable: unused; k-diffusion's switch for a progress bar.
+        measurement: `Measurement` on the device of x. Its sigma is the noise; 0 meets y exactly, if the last sigma is 0.
+        autoencoder: E and D, or None for a pixel-space model.
+        weight: "dual", see `Dual`; "bayes", Omega = s^2 / (s^2 r^2 + noise^2); "paper", Omega = w rho / (1 + sigma^2).
+        w: strength of the paper's weight, >= 0.
+        tau: standard deviation of the prior around its mean, in units of the state. Default 1; for "bayes" in pixels sqrt(0.1).
+        reach: "dual" moves the network's input by at most reach * sigma (rms). Default 2 in pixels, 0.3 in latents.
+        eta: 0 is DDIM, 1 is DDPM noise.
+        consistency: for latents: "decoder" moves x0 by gradients through the decoder, "encoder" by decoding, correcting the
+            picture and encoding, in less memory.
+        inner_steps: for latents: consistency steps after each network call but the last one.
+        last_steps: the same after the last call.
+        jacobian: "k" adds the network's Jacobian, frozen in the k-state, one vector-Jacobian product for each step; "vp" freezes
+            it in the variance-preserving state, as the paper does.
+        integrator: "conjugate" is the exact one; "euler" and "discrete" are plain PiGDM.
+        lam: the paper's lambda, for "conjugate" only.
+
+    Returns:
+        x at sigmas[-1], (B, c, h, w), detached.
+
+    Raises:
+        ValueError: arguments out of range, settings that exclude each other, rising sigmas, batches that do not fit.
+    """
+    options = {"weight": (weight, WEIGHTS), "consistency": (consistency, CONSISTENCIES), "jacobian": (jacobian, JACOBIANS)}
+    _check_options({**options, "integrator": (integrator, INTEGRATORS)})
+    _check_numbers(w=w, tau=tau, reach=reach, eta=eta, inner_steps=inner_steps, last_steps=last_steps, lam=lam)
+    _check_run(x, sigmas, measurement)
+    plain = weight != "dual" and integrator != "conjugate"
+    if weight == "dual" and (jacobian != "off" or integrator != "conjugate" or lam):
+        raise ValueError('weight: "dual" goes with jacobian "off", integrator "conjugate" and lam 0 only')
+    if plain and lam:
+        raise ValueError(f'lam: got {lam} with integrator {integrator!r}; it belongs to "conjugate"')
+    pixels = autoencoder is None
+    if not pixels:
+        space: Space = Latents(measurement, autoencoder, consistency, inner_steps, last_steps)
+    else:
+        space = NoisyPixels(measurement) if measurement.sigma > 0 else ExactPixels(measurement)
+    if weight == "dual":
+        method: Dual | Guidance = Dual(space, tau or 1.0, reach or (2.0 if pixels else 0.3))
+    else:
+        chosen = Paper(w, space.noise) if weight == "paper" else Bayes(tau or (0.1**0.5 if pixels else 1.0), space.noise)
+        method = Guidance(space, chosen, jacobian, integrator, lam)
+    differentiate = jacobian != "off"
+    extra_args = extra_args or {}
+    noise = noise_sampler(x, extra_args.get("seed"))
+    levels = sigmas.detach().cpu().double()  # numbers that go with tensors of any device
+    x = x.detach()
+    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+        with torch.set_grad_enabled(differentiate):
+            seen = method.network_input(x, sigma).requires_grad_(differentiate)
+            x0 = model(seen, sigma.expand(len(x)), **extra_args)
+        with torch.no_grad():
+            denoised = x0.detach()
+            innovation, fit = space.innovation(denoised, last=i == len(sigmas) - 2)
+            if callback is not None:
+                callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised, "residual": fit})
+            target, change = method.step(seen, x0, innovation, levels[i], levels[i + 1])
+            x = ddim_step(x, target, sigma, sigma_next, eta, noise) + change
+    return x
+
+
+class Dual:
+    """The default weight: a multiplier nu for the constraint A x0 = y, carried from step to step.
+
+    Given x at sigma, tilting the network's p(x0 | x) by exp(nu . A x0) is the same as giving it x + sigma^2 A^T nu. For a
+    Gaussian prior the tilted mean is the posterior mean E[x0 | x, y] where A x0 + noise^2 nu = y. One Newton step towards that,
+    with C = r^2 I as the covariance of x0 given x, r^2 = sigma^2 tau^2 / (sigma^2 + tau^2), is
+
+        d = (r^2 A A^T + noise^2)^-1 (y - A x0 - noise^2 nu),    x0c = x0 + r^2 A^T d,    nu <- nu + d
+
+    which is PiGDM's guidance in place of a gradient, x0c its linearised result: with one call a step, and without a Jacobian,
+    later steps make up for what the linearisation and C lack, instead of starting anew. x itself stays a sample of the posterior
+    at noise level sigma, so that the DDIM step from x0c is exact for a Gaussian prior with that C, with noise as without.
+
+    Three measures for few and for many steps. The tilt is meant to look to the network like the noise that it replaces: its
+    length in units of sigma is kept between steps, that is nu grows by sqrt((sigma^2 + k) / (sigma_next^2 + k)) with k = noise^2
+    / l, the noise of a direction in units of x. Steps smaller than a factor of e^(1/4) in sigma add only a share of d. And
+    `reach` bounds the length, per image.
+    """
+
+    RATE = 4.0  # Newton steps for each factor of e in sigma
+
+    def __init__(self, space: "Space", tau: float, reach: float) -> None:
+        self.space, self.tau, self.reach = space, tau, reach
+        self.nu: Tensor | None = None
+        self.shift: Tensor | None = None  # A^T nu
+
+    def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return x.clone() if self.shift is None else x + sigma**2 * self.shift
+
+    def step(
+        self, seen: Tensor, x0: Tensor, innovation: Tensor, sigma: Tensor, sigma_next: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
+        """x0c, and 0. innovation: of x0."""
+        space, s, t = self.space, sigma, sigma_next
+        variance, n = 1 / (1 / s**2 + self.tau**-2), space.noise**2
+        nu = torch.zeros_like(innovation) if self.nu is None else self.nu
+        # Latents within the noise do not move. Their constraint is not active then, and its multiplier is 0.
+        nu = nu * per_image(innovation.flatten(1).any(1), nu)
+        d = space.gram(innovation - n * nu, lambda values: 1 / (values * variance + n))
+        target = x0 + variance.to(x0) * space.adjoint(d)
+        if t > 0:
+            nu = nu + (1 - (t / s) ** self.RATE).to(d) * d
+            nu = space.gram(nu, lambda values: ((values * s**2 + n) / (values * t**2 + n)).sqrt())
+            shift = space.adjoint(nu)
+            length = t.to(shift) * shift.flatten(1).square().mean(1).sqrt()
+            share = (self.reach / length.clamp(min=torch.finfo(shift.dtype).tiny)).clamp(max=1)
+            self.nu, self.shift = per_image(share, nu) * nu, per_image(share, shift) * shift
+        return target, 0.0
+
+
+class Guidance:
+    """The weights without memory, integrated exactly or, for comparison, by the rules of PiGDM."""
+
+    def __init__(self, space: "Space", weight: Weight, jacobian: str, integrator: str, lam: float) -> None:
+        self.space, self.weight, self.jacobian, self.integrator, self.lam = space, weight, jacobian, integrator, lam
+        self.project = isinstance(weight, Paper) and weight.w == float("inf")
+
+    def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return x.clone()
+
+    def step(self, seen: Tensor, x0: Tensor, innovation: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+        """x0, and what to add after the DDIM step from it."""
+        space, weight, s, t = self.space, self.weight, sigma, sigma_next
+        denoised = x0.detach()
+
+        def back(h: Spectral) -> Tensor:
+            return space.adjoint(space.gram(innovation, h))
+
+        def omega(values: Tensor) -> Tensor:
+            return weight.omega_rate(values, s)
+
+        if self.project:
+            return denoised, space.full(innovation)
+        if self.integrator != "conjugate":
+            length = s**2 if self.integrator == "discrete" else (s - t) * s
+            push = back(lambda values: length * omega(values))
+            return denoised, push if self.jacobian == "off" else vjp(x0, seen, push)
+        if t == 0 and space.noise == 0 and not (isinstance(weight, Paper) and weight.w == 0):
+            return denoised, space.full(innovation)  # theta of the paper's weight is not 0 at sigma = 0; the result is to agree
+        if self.lam:
+            eps, step = (seen.detach() - denoised) / s.to(x0), over_compensated(weight, s, t, self.lam)
+            change = back(step.c_rate) + space.apply(denoised, lambda v: step.a(v) + v * step.c_rate(v) - 1)
+            change = change + space.apply(eps, lambda v: step.a(v) * s + step.b(v) - t)
+        else:
+            change = back(pull(weight, s, t))
+        if self.jacobian != "off":
+            push = back(omega)
+            turn = (push - vjp(x0, seen, push)) / s.to(x0)
+            change = change + space.apply(turn, psi(weight, s, t, space.top, self.jacobian == "vp", self.lam))
+        return denoised, change
+
+
+class NoisyPixels:
+    """Pixel space with noise: everything depends on the eigenvalues of A A^T.
+
+    A space has the innovation of x0, functions h(A A^T) and A^T that act on innovations, and functions f(A^T A) on states. The
+    two spaces below have the pseudo-inverse, or its stand-in, in the innovation; all that is seen has eigenvalue 1 there.
+
+    Attributes:
+        noise: standard deviation of the innovation's noise.
+        top: the largest eigenvalue.
+    """
+
+    def __init__(self, measurement: Any) -> None:
+        self.operator, self.y, self.noise = measurement.operator, measurement.y, measurement.sigma
+        self.top = self.operator.norm() ** 2
+
+    def innovation(self, x0: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """What the measurement says of x0, and ||A x0 - y||, (B,)."""
+        residual = self.y - self.operator.A(x0)
+        return residual, torch.linalg.vector_norm(residual.flatten(1), dim=1)
+
+    def gram(self, v: Tensor, h: Spectral) -> Tensor:
+        return self.operator.gram(v, _wide(h))
+
+    def adjoint(self, v: Tensor) -> Tensor:
+        return self.operator.A_adjoint(v)
+
+    def full(self, innovation: Tensor) -> Tensor:
+        """The change of x0 that meets y."""
+        return self.operator.A_dagger(innovation)
+
+    def apply(self, x: Tensor, f: Spectral) -> Tensor:
+        return self.operator.spectral(x, _wide(f))
+
+
+class ExactPixels:
+    """Pixel space without noise: the innovation is A^+ (y - A x0)."""
+
+    noise, top = 0.0, 1.0
+
+    def __init__(self, measurement: Any) -> None:
+        self.operator, self.y = measurement.operator, measurement.y
+
+    def innovation(self, x0: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        residual = self.y - self.operator.A(x0)
+        return self.operator.A_dagger(residual), torch.linalg.vector_norm(residual.flatten(1), dim=1)
+
+    def gram(self, v: Tensor, h: Spectral) -> Tensor:
+        return _at(h, 1.0, v) * v
+
+    def adjoint(self, v: Tensor) -> Tensor:
+        return v
+
+    def full(self, innovation: Tensor) -> Tensor:
+        return innovation
+
+    def apply(self, x: Tensor, f: Spectral) -> Tensor:
+        part = self.operator.project(x)
+        return _at(f, 1.0, x) * part + _at(f, 0.0, x) * (x - part)
+
+
+class Latents:
+    """Latent space: the innovation is a move of z0 towards A D(z) = y, not below the noise."""
+
+    noise, top = 0.0, 1.0
+
+    def __init__(self, measurement: Any, autoencoder: Autoencoder, consistency: str, inner_steps: int, last_steps: int) -> None:
+        self.measurement, self.autoencoder, self.consistency = measurement, autoencoder, consistency
+        self.inner_steps, self.last_steps = inner_steps, last_steps
+        self.entries = measured_entries(measurement)
+
+    def innovation(self, x0: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        steps = self.last_steps if last else self.inner_steps
+        if self.consistency == "decoder":
+            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, self.entries)
+        else:
+            target, fit = match_by_encoder(x0, self.measurement, self.autoencoder, steps)
+        return target - x0, fit
+
+    def gram(self, v: Tensor, h: Spectral) -> Tensor:
+        return _at(h, 1.0, v) * v
+
+    def adjoint(self, v: Tensor) -> Tensor:
+        return v
+
+    def full(self, innovation: Tensor) -> Tensor:
+        return innovation
+
+    def apply(self, x: Tensor, f: Spectral) -> Tensor:
+        return _at(f, 1.0, x) * x
+
+
+Space = NoisyPixels | ExactPixels | Latents
+
+
+def _wide(f: Spectral) -> Spectral:
+    """f evaluated in float64, where the device has it: eigenvalues range over twelve decades."""
+    return lambda values: f(values if values.device.type == "mps" else values.double()).to(values)
+
+
+def _at(f: Spectral, value: float, like: Tensor) -> Tensor:
+    """f of one eigenvalue."""
+    return f(torch.tensor(value, dtype=torch.float64)).to(like)
+
+
+def _check_options(options: dict[str, tuple[str, tuple[str, ...]]]) -> None:
+    for name, (value, choices) in options.items():
+        if value not in choices:
+            raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def _check_numbers(
+    *, w: float, tau: float | None, reach: float | None, eta: float, inner_steps: int, last_steps: int, lam: float
+) -> None:
+    if not w >= 0:
+        raise ValueError(f"w: got {w}, expected a number >= 0")
+    for name, value in (("tau", tau), ("reach", reach)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: got {value}, expected a number > 0")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: got {eta}, expected a number between 0 (DDIM) and 1 (DDPM)")
+    for name, value in (("inner_steps", inner_steps), ("last_steps", last_steps)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    if not abs(lam) < float("inf"):
+        raise ValueError(f"lam: got {lam}, expected a finite number")
+
+
+def _check_run(x: Tensor, sigmas: Tensor, measurement: Any) -> None:
+    if sigmas.ndim != 1 or not bool(((sigmas[:-1] >= sigmas[1:]) & (sigmas[:-1] > 0)).all()) or float(sigmas.min()) < 0:
+        raise ValueError(f"sigmas: got {sigmas.tolist()}, expected a falling list of numbers > 0, the last one >= 0")
+    if len(measurement.y) != len(x):
+        raise ValueError(f"x: got a batch of {len(x)} for a measurement of {len(measurement.y)}, expected equal batches")

@@ -1,0 +1,84 @@
+"""The latent nearby whose picture agrees with the measurement: data consistency where A acts on D(z)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .pixels import ROUNDING
+from .steps import Autoencoder, per_image
+
+
+def measured_entries(measurement: Any) -> Tensor:
+    """How many entries of y measure anything, (B,): the rows of A that are not zero, such as the kept pixels of a mask."""
+    operator, y = measurement.operator, measurement.y
+    probe = torch.randn(y.shape[1:], generator=torch.Generator().manual_seed(0)).to(y).expand_as(y)
+    return (operator.A(operator.A_adjoint(probe)) != 0).flatten(1).sum(1).to(y)
+
+
+def match_by_decoder(
+    z: Tensor, measurement: Any, autoencoder: Autoencoder | None, steps: int, entries: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Move z towards A D(z) = y by conjugate gradients on ||A D(z) - y||^2 / 2, until the residual is that of the noise.
+
+    Each step decodes twice and takes one vjp of the decoder: the gradient, and A J d for the exact line search of the linearised
+    decoder. The step that would go below sigma sqrt(m) ends on it (discrepancy principle).
+
+    Args:
+        z: (B, c, h, w) scaled latents.
+        measurement: `y` (B, ...), `operator`, `sigma`.
+        autoencoder: only D is used; None is pixel space, D = I.
+        steps: at most this many.
+        entries: m of each image, (B,).
+
+    Returns:
+        The latents, (B, c, h, w), detached, and ||A D(z) - y|| before the first step, (B,).
+    """
+    operator, y = measurement.operator, measurement.y
+    decode = (lambda z: z) if autoencoder is None else autoencoder.decode
+    fit = None
+    goal = measurement.sigma**2 * entries
+    z = z.detach()
+    before = direction = torch.zeros_like(z)
+    for _ in range(steps):
+        with torch.enable_grad():
+            z.requires_grad_()
+            seen = operator.A(decode(z))
+            residual = (y - seen).detach()
+            fit = residual.flatten(1).norm(dim=1) if fit is None else fit
+            (descent,) = torch.autograd.grad(seen, z, residual)
+        with torch.no_grad():
+            z, seen = z.detach(), seen.detach()
+            # Polak and Ribiere's choice, which starts anew where the decoder's curvature has spoilt the old direction.
+            beta = (_dot(descent, descent - before) / _dot(before, before).clamp(min=1e-30)).clamp(min=0)
+            direction = descent + per_image(beta, z) * direction
+            before = descent
+            size = _dot(direction, direction).sqrt().clamp(min=1e-30)
+            probe = 0.01 * z[0].numel() ** 0.5 / size
+            slope = (operator.A(decode(z + per_image(probe, z) * direction)) - seen) / per_image(probe, seen)
+            curve = _dot(slope, slope).clamp(min=1e-30)
+            best = (_dot(residual, slope) / curve).clamp(min=0)
+            excess = (_dot(residual, residual) - goal).clamp(min=0) / curve
+            length = best - (best**2 - excess).clamp(min=0).sqrt()
+            z = z + per_image(length, z) * direction
+    return z, fit
+
+
+def match_by_encoder(z: Tensor, measurement: Any, autoencoder: Autoencoder, steps: int) -> tuple[Tensor, Tensor]:
+    """Move z by E(corrected picture) - E(picture), which cancels what E(D(z)) differs from z; no gradients at all.
+
+    Args and returns as for `match_by_decoder`.
+    """
+    operator, y = measurement.operator, measurement.y
+    gamma = (0.1 / max(measurement.sigma, ROUNDING)) ** 2
+    fit = None
+    for _ in range(steps):
+        image = autoencoder.decode(z)
+        fit = measurement.residual_norm(image) if fit is None else fit
+        z = z + autoencoder.encode(operator.prox_l2(image, y, gamma)) - autoencoder.encode(image)
+    return z, fit
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each image, (B,)."""
+    return (a * b).flatten(1).sum(1)
