@@ -40,7 +40,7 @@ class Template:
     nodes: list[Node]
 
 
-def restoration(operator: list[Node], hole: list[Node], steps: int, omega: float, gamma: float) -> list[Node]:
+def restoration(operator: list[Node], hole: list[Node], steps: int) -> list[Node]:
     """The graph every PSLD template shares; `operator` holds a node titled Operator, `hole` what shows the mask."""
     model, clip, vae = (("Load Demo Prior", i) for i in range(3))
     measurement, degraded = (("Measure (simulate)", i) for i in range(2))
@@ -48,7 +48,8 @@ def restoration(operator: list[Node], hole: list[Node], steps: int, omega: float
     measure = {"image": truth, "operator": ("Operator", 0), "sigma": 0.0, "seed": 0}
     guider = {"model": model, "positive": ("Positive Prompt", 0), "negative": ("Negative Prompt", 0), "cfg": 1.0}
     scheduler = {"model": model, "scheduler": "ddim_uniform", "steps": steps, "denoise": 1.0}
-    psld = {"measurement": measurement, "vae": vae, "omega": omega, "gamma": gamma, "eta": 0.0, "glue": "pinv"}
+    rule = {"rule": "line search", "rule.omega": 0.8, "rule.inner_steps": 1, "rule.last_steps": 10, "rule.eta": 0.0}
+    psld = {"measurement": measurement, "vae": vae, **rule, "memory": "auto", "check_gradients": False}
     sample = {
         "noise": ("Noise", 0),
         "guider": ("Guider", 0),
@@ -70,7 +71,13 @@ def restoration(operator: list[Node], hole: list[Node], steps: int, omega: float
         Node("PosteriorStartLatent", "Start Latent", 2, {"measurement": measurement, "vae": vae, "start": "noise"}),
         Node("SamplerCustomAdvanced", "Sample", 3, sample),
         Node("VAEDecode", "Decode", 4, {"samples": ("Sample", 0), "vae": vae}),
-        Node("PosteriorFinish", "Finish", 5, {"image": ("Decode", 0), "measurement": measurement, "error": 0.05}, 120),
+        Node(
+            "PosteriorFinish",
+            "Finish",
+            5,
+            {"image": ("Decode", 0), "measurement": measurement, "error": 0.05, "feather": 4.0},
+            120,
+        ),
         Node("SaveImage", "Result", 6, {"images": ("Finish", 0), "filename_prefix": "posterior"}, PICTURE),
         Node("PreviewImage", "Measurement", 3, {"images": degraded}, PICTURE),
         Node("PreviewImage", "Truth", 3, {"images": truth}, PICTURE),
@@ -91,9 +98,7 @@ TEMPLATES = [
         restoration(
             [Node("PosteriorDownscale", "Operator", 0, {"method": "area", "method.factor": 8})],
             [],
-            steps=100,
-            omega=1.0,
-            gamma=0.1,
+            steps=20,
         ),
     ),
     Template(
@@ -114,9 +119,7 @@ TEMPLATES = [
                 Node("MaskToImage", "Hole Picture", 2, {"mask": ("Measure (simulate)", 2)}),
                 Node("PreviewImage", "Hole", 4, {"images": ("Hole Picture", 0)}, PICTURE),
             ],
-            steps=100,
-            omega=1.0,
-            gamma=0.1,
+            steps=20,
         ),
     ),
 ]

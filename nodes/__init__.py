@@ -2,9 +2,13 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import calibration, demo, finish, measurement, operators, samplers
+from . import calibration, demo, finish, measurement, memory, operators, restore, samplers
 
 
 class PosteriorExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [node for topic in (operators, calibration, measurement, samplers, finish, demo) for node in topic.NODES]
+        return [
+            node
+            for topic in (operators, calibration, measurement, samplers, restore, memory, finish, demo)
+            for node in topic.NODES
+        ]

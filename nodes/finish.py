@@ -4,11 +4,14 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..operators import ConvergenceError, Measurement
-from ..samplers import enforce_consistency
+from ..operators import ConvergenceError, Mask, Measurement
+from ..samplers import enforce_consistency, feather_holes
 from . import host
 from .measurement import measured
 from .types import CATEGORY, MeasurementType, to_image, to_signal
+
+ERROR = 0.05  # of a sampled picture, on the 0 to 1 scale
+FEATHER = 4.0  # pixels
 
 
 class Finish(io.ComfyNode):
@@ -28,13 +31,24 @@ class Finish(io.ComfyNode):
                 MeasurementType.Input("measurement", tooltip="The measurement it was restored from."),
                 io.Float.Input(
                     "error",
-                    default=0.05,
+                    default=ERROR,
                     min=0.001,
                     max=1.0,
                     step=0.005,
                     advanced=True,
                     tooltip="With noise only: expected error of the picture before this node, on the 0 to 1 scale. Larger follows the "
                     "noisy photo more closely.",
+                ),
+                io.Float.Input(
+                    "feather",
+                    default=FEATHER,
+                    min=0.0,
+                    max=64.0,
+                    step=0.5,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Soft edge of holes, in pixels, inside the hole only: what the correction changed next to the hole fades out "
+                    "into it, so that no seam shows. Kept pixels stay exact. 0 is a hard edge.",
                 ),
             ],
             outputs=[
@@ -46,7 +60,7 @@ class Finish(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image: Tensor, measurement: Measurement, error: float) -> io.NodeOutput:
+    def execute(cls, image: Tensor, measurement: Measurement, error: float, feather: float = FEATHER) -> io.NodeOutput:
         x = to_signal("image", image)
         expected = measurement.operator.in_shape
         if tuple(x.shape[1:]) != expected:
@@ -56,22 +70,42 @@ class Finish(io.ComfyNode):
             )
         if len(measurement.y) not in (1, len(x)):
             raise ValueError(f"image: got a batch of {len(x)} for a measurement of {len(measurement.y)}; they must be equal")
-        measurement = measurement.to("cpu", torch.float64)
-        try:
-            finished = to_image(enforce_consistency(x, measurement, 2 * error))
-        except ConvergenceError as fault:
-            raise ValueError(
-                f"measurement: this operator cannot be met exactly ({fault}). Give its Measurement node a sigma above 0; 0.002 stands "
-                "for the rounding of an 8-bit photo"
-            ) from fault
-        before, after = (residual(to_signal("image", v), measurement) for v in (image, finished))
-        noise = "" if measurement.sigma == 0 else f" (noise {measurement.sigma / 2:.3g})"
-        lines = [f"|A x - y| {b:.1e} -> {a:.1e}{noise}" for b, a in zip(before, after, strict=True)]
-        if max(before) < 0.3 * measurement.sigma / 2:
-            lines.append("far below the noise: sigma is probably too high")
-        text = "\n".join(lines)
+        finished, rms, text = finish(x, measurement.to("cpu", torch.float64), error, feather)
         host.show_text(cls, text)
-        return io.NodeOutput(finished, max(after), ui=ui.PreviewText(text))
+        return io.NodeOutput(finished, rms, ui=ui.PreviewText(text))
+
+
+def finish(x: Tensor, measurement: Measurement, error: float = ERROR, feather: float = FEATHER) -> tuple[Tensor, float, str]:
+    """Make pictures agree with their measurement.
+
+    Args:
+        x: (B, 3, H, W) in [-1, 1], float64.
+        measurement: in float64 on the CPU.
+        error: of x around the truth, on the 0 to 1 scale; used with noise only.
+        feather: width of the soft edge inside holes, in pixels.
+
+    Returns:
+        IMAGE (B, H, W, 3); |A x - y| after, root mean square on the 0 to 1 scale, worst of the batch; a read-out in words.
+
+    Raises:
+        ValueError: the measurement cannot be met exactly and claims no noise.
+    """
+    try:
+        agreed = enforce_consistency(x, measurement, 2 * error)
+    except ConvergenceError as fault:
+        raise ValueError(
+            f"measurement: this operator cannot be met exactly ({fault}). Give its Measurement node a sigma above 0; 0.002 stands "
+            "for the rounding of an 8-bit photo"
+        ) from fault
+    if feather > 0 and isinstance(measurement.operator, Mask):
+        agreed = feather_holes(x, agreed, measurement.operator.keep.to(x), feather)
+    finished = to_image(agreed)
+    before, after = (residual(v, measurement) for v in (x, to_signal("image", finished)))
+    noise = "" if measurement.sigma == 0 else f" (noise {measurement.sigma / 2:.3g})"
+    lines = [f"|A x - y| {b:.1e} -> {a:.1e}{noise}" for b, a in zip(before, after, strict=True)]
+    if max(before) < 0.3 * measurement.sigma / 2:
+        lines.append("far below the noise: sigma is probably too high")
+    return finished, max(after), "\n".join(lines)
 
 
 def residual(x: Tensor, measurement: Measurement) -> list[float]:

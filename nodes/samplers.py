@@ -4,81 +4,140 @@ import torch
 from comfy_api.latest import io
 
 from ..operators import ConvergenceError, Measurement
-from ..samplers import fill_unseen, sample_psld
+from ..samplers import fill_unseen, sample_cpigdm, sample_psld
 from . import host
 from .types import CATEGORY, MeasurementType, to_image
+
+RUN_INPUTS = [  # of every sampler node; how a run is done, not what comes out
+    io.Combo.Input(
+        "memory",
+        options=["auto", "fastest", "lowest"],
+        default="auto",
+        optional=True,
+        advanced=True,
+        tooltip="How much memory the gradients may take; the result is the same. auto: the quickest way that fits into free memory. "
+        "lowest: computes much of it twice or more, up to twice as slow. The Memory Estimate node shows what each needs.",
+    ),
+    io.Boolean.Input(
+        "check_gradients",
+        default=False,
+        optional=True,
+        advanced=True,
+        tooltip="Before the first step, compare the gradient with finite differences, and stop if a patch on the model or the VAE "
+        "makes it wrong. Costs about as much as two to four steps.",
+    ),
+]
 
 
 class SamplerPSLD(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        eta = io.Float.Input(
+            "eta",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            advanced=True,
+            tooltip="Fresh noise each step: 0 is DDIM, 1 is DDPM.",
+        )
+        line_search = [
+            io.Float.Input(
+                "omega",
+                default=0.8,
+                min=0.05,
+                max=2.0,
+                step=0.05,
+                tooltip="Share of the found step that is taken. Lower is smoother, above 1 overshoots.",
+            ),
+            io.Int.Input(
+                "inner_steps",
+                default=1,
+                min=1,
+                max=50,
+                advanced=True,
+                tooltip="Steps through the VAE's decoder for each network call. More follow the photo sooner, and cost time.",
+            ),
+            io.Int.Input(
+                "last_steps",
+                default=10,
+                min=1,
+                max=200,
+                advanced=True,
+                tooltip="The same in the last step. More bring |A x - y| down where many single pixels are missing.",
+            ),
+            eta,
+        ]
+        paper = [
+            io.Float.Input(
+                "omega",
+                default=1.0,
+                min=0.0,
+                max=100.0,
+                step=0.05,
+                tooltip="Pull towards the photo, weight of |A x - y|. Too low ignores the photo, too high gives artefacts.",
+            ),
+            io.Float.Input(
+                "gamma",
+                default=0.1,
+                min=0.0,
+                max=100.0,
+                step=0.01,
+                tooltip="Gluing: keeps the picture where the VAE can represent it, seamless at a hole's edge. 0 is latent DPS.",
+            ),
+            eta,
+            io.Combo.Input(
+                "glue",
+                options=["pinv", "adjoint", "goodness"],
+                default="pinv",
+                advanced=True,
+                tooltip="pinv: glue with the pseudo-inverse. adjoint: the letter of the paper, and for operators whose pseudo-inverse "
+                "does not converge. goodness: no photo in this term, only what the VAE can represent (GML-DPS).",
+            ),
+        ]
         return io.Schema(
             node_id="PosteriorSamplerPSLD",
             display_name="PSLD Sampler",
             category=f"{CATEGORY}/samplers",
             description="Posterior sampling with latent diffusion (Rout et al., NeurIPS 2023), for SamplerCustomAdvanced with any guider "
-            "and scheduler. Each step costs a gradient through model and VAE. It needs many steps: 100 give a picture, the paper "
-            "takes 1000.",
+            "and scheduler. Each step costs a gradient through model and VAE.",
             search_aliases=["posterior", "restore", "inverse problem", "DPS", "super resolution", "inpaint", "deblur"],
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 MeasurementType.Input("measurement", tooltip="What was observed; from a Measurement node."),
+                io.DynamicCombo.Input(
+                    "rule",
+                    options=[
+                        io.DynamicCombo.Option("line search", line_search),
+                        io.DynamicCombo.Option("paper", paper),
+                    ],
+                    tooltip="How long a step is. line search: found anew at each step; 20 to 50 steps are enough. paper: fixed weights, "
+                    "as published; wants 100 to 1000 steps.",
+                ),
                 io.Vae.Input(
                     "vae", optional=True, tooltip="The VAE of the model. Leave it out only for a model that works on pixels."
                 ),
-                io.Float.Input(
-                    "omega",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.05,
-                    tooltip="Pull towards the photo, weight of |A x - y|. Too low ignores the photo, too high gives artefacts.",
-                ),
-                io.Float.Input(
-                    "gamma",
-                    default=0.1,
-                    min=0.0,
-                    max=100.0,
-                    step=0.01,
-                    tooltip="Gluing: keeps the picture where the VAE can represent it, seamless at a hole's edge. 0 is latent DPS.",
-                ),
-                io.Float.Input(
-                    "eta",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    advanced=True,
-                    tooltip="Fresh noise each step: 0 is DDIM, 1 is DDPM.",
-                ),
-                io.Combo.Input(
-                    "glue",
-                    options=["pinv", "adjoint"],
-                    default="pinv",
-                    advanced=True,
-                    tooltip="pinv: glue with the pseudo-inverse. adjoint: the letter of the paper, and for operators whose pseudo-inverse "
-                    "does not converge.",
-                ),
+                *RUN_INPUTS,
             ],
             outputs=[io.Sampler.Output(tooltip="Connect it to SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def validate_inputs(cls, omega: float | None = None, gamma: float | None = None) -> bool | str:
-        # Naming an input here takes its range check from ComfyUI; a linked one comes as None and is checked in execute.
-        return cls._fault({"omega": omega, "gamma": gamma}) or True
-
-    @classmethod
     def execute(
-        cls, measurement: Measurement, omega: float, gamma: float, eta: float, glue: str, vae: object = None
+        cls, measurement: Measurement, rule: dict, memory: str = "auto", check_gradients: bool = False, vae: object = None
     ) -> io.NodeOutput:
-        if fault := cls._fault({"omega": omega, "gamma": gamma}):
-            raise ValueError(fault)
+        options = dict(rule)
+        kind = options.pop("rule")
         if vae is not None:
             host.latent_size(vae, measurement.operator.in_shape)
-        if gamma > 0 and glue == "pinv" and not measurement.operator.exact:
+        if kind == "line search":
+            options.update(rule="line_search", gamma=0.0)
+        elif options["omega"] == options["gamma"] == 0:
+            raise ValueError("omega and gamma are both 0, which ignores the photo; set one above 0")
+        elif options["gamma"] > 0 and options["glue"] == "pinv" and not measurement.operator.exact:
             cls._try_pseudo_inverse(measurement)
-        options = {"omega": omega, "gamma": gamma, "eta": eta, "glue": glue}
-        return io.NodeOutput(host.stock_sampler(sample_psld, measurement, vae, **options))
+        run = {"memory": memory, "check_gradients": check_gradients, "unique_id": host.node_id(cls)}
+        return io.NodeOutput(host.stock_sampler(sample_psld, measurement, vae, **run, **options))
 
     @staticmethod
     def _try_pseudo_inverse(measurement: Measurement) -> None:
@@ -91,12 +150,121 @@ class SamplerPSLD(io.ComfyNode):
                 "blur, its boundary to circular"
             ) from fault
 
-    @staticmethod
-    def _fault(weights: dict[str, float | None]) -> str:
-        for name, value in weights.items():
-            if value is not None and not 0 <= value <= 100:
-                return f"{name}: got {value}, expected a number from 0 to 100"
-        return "omega and gamma are both 0, which ignores the photo; set one above 0" if set(weights.values()) == {0} else ""
+
+class SamplerCPiGDM(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        tau = io.Float.Input(
+            "tau",
+            default=1.0,
+            min=0.01,
+            max=100.0,
+            step=0.05,
+            advanced=True,
+            tooltip="Standard deviation of the pictures the model knows, in units of its latents; about 1 for all of Stable Diffusion.",
+        )
+        jacobian = io.Combo.Input(
+            "jacobian",
+            options=["off", "k", "vp"],
+            default="off",
+            advanced=True,
+            tooltip="Add the network's Jacobian, at the price of a gradient through it; vp is the paper's. Without a VAE only. It did not "
+            "help where it was measured.",
+        )
+        w = io.Float.Input(
+            "w",
+            default=15.0,
+            min=0.0,
+            max=1000.0,
+            step=0.5,
+            tooltip="Strength; the paper takes 15, with noise 2. 0 ignores the photo.",
+        )
+        return io.Schema(
+            node_id="PosteriorSamplerCPiGDM",
+            display_name="C-PiGDM Sampler",
+            category=f"{CATEGORY}/samplers",
+            description="Conditional conjugate integrators (Pandey, Yang and Mandt, NeurIPS 2024), for SamplerCustomAdvanced with any guider "
+            "and scheduler: 5 to 20 steps, without a gradient through the diffusion model.",
+            search_aliases=[
+                "posterior",
+                "restore",
+                "inverse problem",
+                "PiGDM",
+                "DDNM",
+                "super resolution",
+                "inpaint",
+                "deblur",
+            ],
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                MeasurementType.Input("measurement", tooltip="What was observed; from a Measurement node."),
+                io.Combo.Input(
+                    "consistency",
+                    options=["decoder", "encoder"],
+                    default="decoder",
+                    tooltip="How a latent is brought to agree with the photo. decoder: gradients through the VAE's decoder, better. encoder: "
+                    "decode, correct, encode; no gradients at all, least memory.",
+                ),
+                io.Int.Input(
+                    "inner_steps",
+                    default=3,
+                    min=1,
+                    max=50,
+                    tooltip="Consistency steps through the VAE for each network call. More follow the photo sooner, and cost time.",
+                ),
+                io.Int.Input(
+                    "last_steps",
+                    default=10,
+                    min=1,
+                    max=200,
+                    advanced=True,
+                    tooltip="The same after the last call. More bring |A x - y| down where many single pixels are missing.",
+                ),
+                io.Float.Input(
+                    "eta",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    advanced=True,
+                    tooltip="Fresh noise each step: 0 is DDIM, 1 is DDPM.",
+                ),
+                io.DynamicCombo.Input(
+                    "weight",
+                    options=[
+                        io.DynamicCombo.Option("dual", [tau]),
+                        io.DynamicCombo.Option("bayes", [tau, jacobian]),
+                        io.DynamicCombo.Option("paper", [w, jacobian]),
+                    ],
+                    tooltip="How strong the guidance is at each noise level. dual: remembers from step to step what is still missing. bayes: "
+                    "exact for a Gaussian prior. paper: as published.",
+                ),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="The VAE of the model. Leave it out only for a model that works on pixels."
+                ),
+                *RUN_INPUTS,
+            ],
+            outputs=[io.Sampler.Output(tooltip="Connect it to SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        measurement: Measurement,
+        consistency: str,
+        inner_steps: int,
+        last_steps: int,
+        eta: float,
+        weight: dict,
+        memory: str = "auto",
+        check_gradients: bool = False,
+        vae: object = None,
+    ) -> io.NodeOutput:
+        options = {"consistency": consistency, "inner_steps": inner_steps, "last_steps": last_steps, "eta": eta, **weight}
+        if vae is not None:
+            host.latent_size(vae, measurement.operator.in_shape)
+        run = {"memory": memory, "check_gradients": check_gradients, "unique_id": host.node_id(cls)}
+        return io.NodeOutput(host.stock_sampler(sample_cpigdm, measurement, vae, **run, **options))
 
 
 class StartLatent(io.ComfyNode):
@@ -130,4 +298,4 @@ class StartLatent(io.ComfyNode):
         return io.NodeOutput({"samples": vae.encode(to_image(fill_unseen(measurement)).clamp(0, 1))})
 
 
-NODES = [SamplerPSLD, StartLatent]
+NODES = [SamplerPSLD, SamplerCPiGDM, StartLatent]

@@ -1,14 +1,5 @@
-"""The real ComfyUI, on the CPU, inside the test process.
+"""The real ComfyUI, on the CPU, inside the test process: `support.in_process` says how, and why before everything else."""
 
-Its folder goes in front of sys.path and its command line is parsed here, at import, before any test module can import
-something of it: this repository has a folder `nodes` too, and ComfyUI reads its command line when it is first imported.
-"""
-
-import importlib.util
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,40 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.host_runs import Host
+from support.in_process import NoComfyUI, load_pack, start_comfyui
 from support.tiny_checkpoints import write_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
-PACK = "comfyui_posterior"
-
-
-def _comfyui() -> str:
-    given = os.environ.get("COMFYUI_DIR_FOR_TESTS")
-    if given:
-        return str(Path(given).resolve())
-    command = [sys.executable, str(ROOT / "dev" / "setup_host.py"), "comfyui"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    if found.returncode:
-        raise pytest.UsageError(f"the host tests need ComfyUI:\n{found.stderr}")
-    return found.stdout.strip()
-
-
-def _prepare() -> tempfile.TemporaryDirectory:
-    """Returns ComfyUI's base directory (models, input, output): nothing is written into its checkout."""
-    sys.path.insert(0, _comfyui())
-    base = tempfile.TemporaryDirectory(prefix="comfyui-posterior-tests-")
-    own = sys.argv
-    sys.argv = ["main.py", "--cpu", "--base-directory", base.name]
-    try:
-        import comfy.options
-
-        comfy.options.enable_args_parsing()
-        import comfy.cli_args
-    finally:
-        sys.argv = own
-    return base
-
-
-BASE = _prepare()  # removed when the process ends
+try:
+    BASE = start_comfyui("--cpu")  # removed when the process ends
+except NoComfyUI as error:
+    raise pytest.UsageError(str(error)) from error
 torch.set_num_threads(1)  # on networks this small, more threads only wait for each other
 
 
@@ -67,16 +32,8 @@ def comfy() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def pack(comfy: ModuleType) -> ModuleType:
-    """This pack, loaded as ComfyUI loads a custom node; afterwards `import comfyui_posterior.nodes.host` works.
-
-    Its `comfyui_posterior.samplers` and `.operators` are other modules than the `samplers` and `operators` that pure tests
-    import: take classes from here in host tests.
-    """
-    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[PACK] = module
-    spec.loader.exec_module(module)
-    return module
+    """This pack; afterwards `import comfyui_posterior.nodes.host` works. Take classes from here in host tests."""
+    return load_pack()
 
 
 @pytest.fixture(scope="session")
@@ -108,3 +65,23 @@ def load(comfy: ModuleType) -> Callable[[Path], tuple[Any, Any, Any]]:
             return comfy.sd.load_checkpoint_guess_config(str(path))[:3]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def hosts(pack: ModuleType, tiny: Callable[..., Path], load: Callable) -> Callable[..., Host]:
+    """`hosts(arch, **options)`: a loaded tiny checkpoint, ready to sample from; loaded once for the session."""
+    made: dict[Path, Host] = {}
+
+    def get(arch: str, **options: Any) -> Host:
+        path = tiny(arch, **options)
+        if path not in made:
+            model, _, vae = load(path)
+            made[path] = Host(pack, arch, model, vae)
+        return made[path]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def host(hosts: Callable[..., Host]) -> ModuleType:
+    return hosts("sd15").pack.nodes.host

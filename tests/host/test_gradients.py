@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from support.host_runs import Host, Probe, directional_derivatives
+from support.host_runs import Host, Probe, directional_derivatives, pull_back
 from support.tiny_checkpoints import conditioning, write_controlnet, write_lora
 from torch import Tensor
 
@@ -16,39 +15,35 @@ FLOW = torch.tensor([0.7, 0.3])
 
 
 @pytest.fixture(scope="module")
-def sd15(pack: ModuleType, tiny: Callable[..., Path], load: Callable) -> Host:
-    model, _, vae = load(tiny("sd15"))
-    return make_host(pack, "sd15", model, vae)
+def sd15(hosts: Callable[..., Host]) -> Host:
+    return hosts("sd15")
 
 
-def make_host(pack: ModuleType, arch: str, model: Any, vae: Any) -> Host:
-    import comfyui_posterior.nodes
-    import comfyui_posterior.operators  # noqa: F401 - submodules of the pack
+def assert_gradient(host: Host, sigmas: Tensor = MODERATE, tolerance: float = 0.01, batch: int = 1, **run: Any) -> None:
+    """Autograd is right where every activation is kept, and the same where they are computed again."""
 
-    return Host(pack, arch, model, vae)
+    def seen(look: Callable, memory: str) -> Any:
+        probe = Probe(look)
+        sampler = host.pack.nodes.host.stock_sampler(probe, host.measurement(batch), host.vae, memory)
+        host.sample(sampler, sigmas=sigmas, **run)
+        return probe.seen
 
-
-def assert_gradient(host: Host, sigmas: Tensor = MODERATE, tolerance: float = 0.01, **run: Any) -> None:
-    probe = Probe(lambda model, x, **_: directional_derivatives(model, x))
-    host.sample(host.sampler(probe), sigmas=sigmas, **run)
-    differences, products, size = probe.seen
+    differences, products, size = seen(lambda model, x, **_: directional_derivatives(model, x), "fastest")
     assert size > 0
     for difference, product in zip(differences, products, strict=True):
         assert abs(difference - product) <= tolerance * size, (differences, products)
+    kept, *again = (seen(lambda model, x, **_: pull_back(model, x)[1], mode) for mode in host.pack.nodes.host.MODES)
+    for gradient in again:
+        torch.testing.assert_close(gradient, kept, rtol=0, atol=1e-6 * float(kept.abs().max()))
 
 
 @pytest.mark.parametrize("arch", ["sd15", "sd21v", "sdxl_vega", "sd3"])
-def test_every_family(arch: str, pack: ModuleType, tiny: Callable[..., Path], load: Callable) -> None:
-    model, _, vae = load(tiny(arch))
-    assert_gradient(make_host(pack, arch, model, vae), FLOW if arch == "sd3" else MODERATE)
+def test_every_family(arch: str, hosts: Callable[..., Host]) -> None:
+    assert_gradient(hosts(arch), FLOW if arch == "sd3" else MODERATE)
 
 
 def test_batch(sd15: Host) -> None:
-    sampler = sd15.pack.nodes.host.stock_sampler
-    probe = Probe(lambda model, x, **_: directional_derivatives(model, x))
-    sd15.sample(sampler(probe, sd15.measurement(batch=3), sd15.vae), sigmas=MODERATE, latent=sd15.latent(3))
-    differences, products, size = probe.seen
-    assert abs(differences[0] - products[0]) <= 0.01 * size
+    assert_gradient(sd15, batch=3, latent=sd15.latent(3))
 
 
 def test_area_and_mask_conditionings(sd15: Host) -> None:
@@ -123,56 +118,104 @@ def test_rescale_cfg_and_zero_terminal_snr(sd15: Host) -> None:
     assert_gradient(Host(sd15.pack, "sd15", model, sd15.vae))
 
 
-def test_attention_without_a_gradient_is_overridden(sd15: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel whose output is cut off the graph, as sage's is, gives a wrong gradient and no error unless it is replaced."""
+def cut_off_attention(monkeypatch: pytest.MonkeyPatch, overridable: bool) -> None:
+    """A kernel whose output is off the graph, as sage's is, wherever SD 1.x's UNet calls attention."""
     import comfy.ldm.modules.attention as attention
 
-    @attention.wrap_attn
     def cut_off(*args: Any, **kwargs: Any) -> Tensor:
         return attention.attention_pytorch(*args, **kwargs).detach()
 
     for name in ("optimized_attention", "optimized_attention_masked"):
-        monkeypatch.setattr(attention, name, cut_off)
+        monkeypatch.setattr(attention, name, attention.wrap_attn(cut_off) if overridable else cut_off)
+
+
+def test_attention_without_a_gradient_is_overridden(sd15: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_off_attention(monkeypatch, overridable=True)
     assert_gradient(sd15)
 
 
 def test_gradient_is_wrong_without_the_override(sd15: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above can fail: with the override taken away the same comparison does not hold."""
-    import comfy.ldm.modules.attention as attention
-
-    @attention.wrap_attn
-    def cut_off(*args: Any, **kwargs: Any) -> Tensor:
-        return attention.attention_pytorch(*args, **kwargs).detach()
-
-    for name in ("optimized_attention", "optimized_attention_masked"):
-        monkeypatch.setattr(attention, name, cut_off)
-    monkeypatch.setattr(sd15.pack.nodes.host, "differentiable_options", lambda options, has_control: options)
+    """The test above can fail: with the override and the refusal taken away the same comparison does not hold."""
+    cut_off_attention(monkeypatch, overridable=True)
+    plugin = sd15.pack.nodes.host.plugin
+    monkeypatch.setattr(plugin, "differentiable_options", lambda options, has_control: {"transformer_options": {}, **options})
+    monkeypatch.setattr(plugin, "check_attention", lambda network, options: None)
     with pytest.raises(AssertionError):
         assert_gradient(sd15)
 
 
+def test_attention_that_cannot_be_overridden_is_refused(sd15: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_off_attention(monkeypatch, overridable=False)
+    probe = Probe(lambda model, x, **_: model(x))
+    with pytest.raises(ValueError, match=r"attention \(.*cut_off, in comfy.ldm.modules.attention\) has no gradient"):
+        sd15.sample(sd15.sampler(probe))
+    assert probe.seen is None
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_replaced_attention(detached: bool, sd15: Host) -> None:
+    """Another node's attn1: fine with a gradient, refused by name without one."""
+    import comfy.ldm.modules.attention as attention
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor, extra: dict) -> Tensor:
+        out = attention.attention_pytorch(q, k, v, extra["n_heads"])
+        return out.detach() if detached else 0.5 * out
+
+    model = sd15.model.clone()
+    model.set_model_attn1_replace(theirs, "input", 1)
+    host = Host(sd15.pack, "sd15", model, sd15.vae)
+    if not detached:
+        assert_gradient(host)
+        return
+    with pytest.raises(ValueError, match=r"replaces attn1 \('input', 1\) by .*theirs, which has no gradient"):
+        host.sample(host.sampler(host.pack.samplers.sample_psld))
+
+
+def test_blocks_see_the_options_of_their_own_call(sd15: Host) -> None:
+    """A UNet writes its place into the options as it goes; when a block is computed again, it must read its own."""
+    places = []
+
+    def note(n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
+        places.append((extra["block"], extra["block_index"], extra["transformer_index"]))
+        return n * (1 + extra["transformer_index"]), context, value
+
+    model = sd15.model.clone()
+    model.set_model_attn1_patch(note)
+    assert_gradient(Host(sd15.pack, "sd15", model, sd15.vae))
+    assert set(places) == {(("input", 1), 0, 0)}
+
+
 @pytest.mark.parametrize("codec", ["taesd", "kl"])
-def test_autoencoder(codec: str, pack: ModuleType, tiny: Callable[..., Path], load: Callable) -> None:
-    model, _, vae = load(tiny("sd15", vae=codec))
-    host = make_host(pack, "sd15", model, vae)
+def test_autoencoder(codec: str, hosts: Callable[..., Host]) -> None:
+    host = hosts("sd15", vae=codec)
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
 
-    def look(model: Any, x: Tensor, autoencoder: Any, **_: Any) -> list:
-        def glue(v: Tensor) -> Tensor:
-            return autoencoder.encode(autoencoder.decode(v))
+    def glue(autoencoder: Any) -> Callable[[Tensor], Tensor]:
+        return lambda v: autoencoder.encode(autoencoder.decode(v))
 
-        return [
-            directional_derivatives(autoencoder.decode, z),
-            directional_derivatives(glue, z),
-            autoencoder.decode(z).detach(),
-        ]
+    def look(model: Any, x: Tensor, autoencoder: Any, **_: Any) -> tuple:
+        maps = (autoencoder.decode, glue(autoencoder))
+        return [directional_derivatives(f, z) for f in maps], autoencoder.decode(z).detach(), pull_back(maps[1], z)[1]
 
     probe = Probe(look)
-    host.sample(host.sampler(probe), sigmas=MODERATE)
-    for differences, products, size in probe.seen[:2]:
+    host.sample(host.sampler(probe, memory="fastest"), sigmas=MODERATE)
+    derivatives, image, kept = probe.seen
+    for differences, products, size in derivatives:
         for difference, product in zip(differences, products, strict=True):
             assert abs(difference - product) <= 0.02 * size
     # The same picture as the stock decoder's, which clamps to [0, 1].
     with torch.inference_mode():
-        stock = vae.decode(model.model.latent_format.process_out(z)).movedim(-1, 1)
-    torch.testing.assert_close(((probe.seen[2] + 1) / 2).clamp(0, 1), stock.clone(), rtol=0, atol=1e-4)
+        stock = host.vae.decode(host.model.model.latent_format.process_out(z)).movedim(-1, 1)
+    torch.testing.assert_close(((image + 1) / 2).clamp(0, 1), stock.clone(), rtol=0, atol=1e-4)
+
+    for mode in ("balanced", "lowest"):
+        probe = Probe(lambda model, x, autoencoder, **_: pull_back(glue(autoencoder), z)[1])
+        host.sample(host.sampler(probe, memory=mode), sigmas=MODERATE)
+        torch.testing.assert_close(probe.seen, kept, rtol=0, atol=1e-6 * float(kept.abs().max()))
+
+
+def test_vae_without_a_gradient_is_refused(sd15: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = sd15.vae.first_stage_model.decode
+    monkeypatch.setattr(sd15.vae.first_stage_model, "decode", lambda z: decode(z).detach())
+    with pytest.raises(ValueError, match="vae: its output has no gradient"):
+        sd15.sample(sd15.sampler(sd15.pack.samplers.sample_psld))

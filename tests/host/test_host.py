@@ -1,4 +1,4 @@
-"""nodes/host.py, function by function, in the real ComfyUI."""
+"""nodes/host, room by room, in the real ComfyUI."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,27 +12,6 @@ from support.tiny_checkpoints import conditioning
 from torch import Tensor
 
 ARCHS = ["sd15", "sd21v", "sd3"]
-
-
-@pytest.fixture(scope="module")
-def hosts(pack: ModuleType, tiny: Callable[..., Path], load: Callable) -> Callable[[str], Host]:
-    import comfyui_posterior.nodes
-    import comfyui_posterior.samplers  # noqa: F401 - submodules of the pack
-
-    made: dict[str, Host] = {}
-
-    def get(arch: str) -> Host:
-        if arch not in made:
-            model, _, vae = load(tiny(arch))
-            made[arch] = Host(pack, arch, model, vae)
-        return made[arch]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def host(hosts: Callable[[str], Host]) -> ModuleType:
-    return hosts("sd15").pack.nodes.host
 
 
 def stand_still(model: Any, x: Tensor, sigmas: Tensor, **_: Any) -> Tensor:
@@ -101,7 +80,7 @@ def test_options_are_a_copy(host: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_no_guidance_is_stock_ddim(arch: str, hosts: Callable[[str], Host]) -> None:
+def test_no_guidance_is_stock_ddim(arch: str, hosts: Callable[..., Host]) -> None:
     """With both weights 0 PSLD is DDIM in the k-state, which is the stock euler sampler in every family's own state."""
     import comfy.samplers
 
@@ -112,8 +91,8 @@ def test_no_guidance_is_stock_ddim(arch: str, hosts: Callable[[str], Host]) -> N
     torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-3)
 
 
-def test_flow_state_round_trip(host: ModuleType) -> None:
-    state, s = host.State(flow=True), torch.tensor([0.9, 0.5, 0.01, 0.0])
+def test_flow_state_round_trip(hosts: Callable[..., Host]) -> None:
+    state, s = hosts("sd15").pack.samplers.State(flow=True), torch.tensor([0.9, 0.5, 0.01, 0.0])
     sigma = state.sigmas_to_k(s)
     torch.testing.assert_close(sigma, s / (1 - s))
     torch.testing.assert_close(state.sigma_from_k(sigma), s)
@@ -143,7 +122,7 @@ def test_unknown_parametrisations_are_refused_by_name(host: ModuleType) -> None:
 # Refusals ---------------------------------------------------------------------------------------------------------------
 
 
-def test_different_hooks_are_refused(hosts: Callable[[str], Host], host: ModuleType) -> None:
+def test_different_hooks_are_refused(hosts: Callable[..., Host], host: ModuleType) -> None:
     import comfy.hooks
 
     h = hosts("sd15")
@@ -153,21 +132,59 @@ def test_different_hooks_are_refused(hosts: Callable[[str], Host], host: ModuleT
         h.sample(h.sampler(stand_still), guider=h.guider(positive=hooked))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"multigpu_clones": {"a": 1, "b": 2}}, "several GPUs"),
-        ({"context_handler": object()}, "context windows"),
-    ],
-)
-def test_model_options_without_a_gradient_are_refused(options: dict, message: str, host: ModuleType) -> None:
-    guider = SimpleNamespace(conds={"positive": [{}]})
-    with pytest.raises(ValueError, match=message):
-        host.refuse_unsupported(guider, torch.zeros(1, 4, 8, 8), options)
+def test_several_gpus_are_refused(hosts: Callable[..., Host]) -> None:
+    """As the MultiGPU node sets it up, with a second CPU for want of a second GPU."""
+    h = hosts("sd15")
+    model, other = h.model.clone(), h.model.clone()
+    other.load_device, other.is_multigpu_base_clone = torch.device("cpu:1"), True
+    model.set_additional_models("multigpu", [other])
+    refused(Host(h.pack, "sd15", model, h.vae), "split over several GPUs")
+
+
+def test_context_windows_are_refused(hosts: Callable[..., Host]) -> None:
+    from comfy.context_windows import (
+        ContextSchedules,
+        IndexListContextHandler,
+        get_matching_context_schedule,
+        get_matching_fuse_method,
+    )
+
+    h = hosts("sd15")
+    model = h.model.clone()
+    model.model_options["context_handler"] = IndexListContextHandler(
+        get_matching_context_schedule(ContextSchedules.STATIC_STANDARD), get_matching_fuse_method("flat"), 16, 4
+    )
+    refused(Host(h.pack, "sd15", model, h.vae), "context windows are active")
+
+
+@pytest.mark.parametrize("kind", ["IMG_TO_IMG", "IMG_TO_IMG_FLOW", "FLOW_COSMOS", "V_PREDICTION_DDPM"])
+def test_unknown_parametrisation_is_refused_before_the_first_step(kind: str, hosts: Callable[..., Host]) -> None:
+    import comfy.model_base
+
+    h = hosts("sd15")
+    model = h.model.clone()
+    config = SimpleNamespace(sampling_settings={})
+    model.add_object_patch("model_sampling", comfy.model_base.model_sampling(config, comfy.model_base.ModelType[kind]))
+    refused(Host(h.pack, "sd15", model, h.vae), r"parametrisation .*(IMG_TO_IMG|COSMOS|DDPM).* is not supported")
+
+
+def refused(h: Host, words: str, **run: Any) -> None:
+    """Through the real guider, before the model is called once."""
+    calls = []
+    model = h.model.clone()
+    model.set_model_unet_function_wrapper(
+        lambda apply, given: calls.append(given) or apply(given["input"], given["timestep"], **given["c"])
+    )
+    guider = Host(h.pack, h.arch, model, h.vae).guider()
+    probe = Probe(lambda *_, **__: True)
+    with pytest.raises(ValueError, match=words):
+        h.sample(h.sampler(probe), guider=guider, sigmas=torch.tensor([2.0, 1.0]), **run)
+    assert probe.seen is None
+    assert calls == []
 
 
 @pytest.mark.parametrize("node", ["EasyCacheNode", "LazyCacheNode"])
-def test_nodes_that_skip_network_calls_are_refused(node: str, hosts: Callable[[str], Host]) -> None:
+def test_nodes_that_skip_network_calls_are_refused(node: str, hosts: Callable[..., Host]) -> None:
     import comfy_extras.nodes_easycache as caches
 
     h = hosts("sd15")
@@ -177,13 +194,11 @@ def test_nodes_that_skip_network_calls_are_refused(node: str, hosts: Callable[[s
         h.sample(h.sampler(stand_still), guider=Host(h.pack, "sd15", model, h.vae).guider())
 
 
-def test_video_latent_is_refused(hosts: Callable[[str], Host], host: ModuleType) -> None:
-    guider = SimpleNamespace(conds={})
-    with pytest.raises(ValueError, match="5 dimensions"):
-        host.refuse_unsupported(guider, torch.zeros(1, 4, 2, 8, 8), {})
+def test_video_latent_is_refused(hosts: Callable[..., Host]) -> None:
+    refused(hosts("sd15"), r"the latent has 5 dimensions \(1, 4, 2, 8, 8\)", latent=torch.zeros(1, 4, 2, 8, 8))
 
 
-def test_vae_refusals(hosts: Callable[[str], Host], host: ModuleType, tiny: Callable[..., Path], load: Callable) -> None:
+def test_vae_refusals(hosts: Callable[..., Host], host: ModuleType, tiny: Callable[..., Path], load: Callable) -> None:
     import comfy.sd
 
     h, other = hosts("sd15"), hosts("sd3")
@@ -200,7 +215,7 @@ def test_vae_refusals(hosts: Callable[[str], Host], host: ModuleType, tiny: Call
         host.check_vae(video)
 
 
-def test_sizes_are_checked_before_the_first_step(hosts: Callable[[str], Host], host: ModuleType) -> None:
+def test_sizes_are_checked_before_the_first_step(hosts: Callable[..., Host], host: ModuleType) -> None:
     h = hosts("sd15")
     with pytest.raises(ValueError, match=r"latent_image: got \(4, 16, 8\).*\(4, 8, 8\)"):
         h.sample(h.sampler(stand_still), latent=torch.zeros(1, 4, 16, 8))
@@ -211,7 +226,7 @@ def test_sizes_are_checked_before_the_first_step(hosts: Callable[[str], Host], h
         h.sample(host.stock_sampler(stand_still, h.measurement(), None))
 
 
-def test_model_that_loses_the_gradient_is_refused(hosts: Callable[[str], Host], host: ModuleType) -> None:
+def test_model_that_loses_the_gradient_is_refused(hosts: Callable[..., Host], host: ModuleType) -> None:
     h = hosts("sd15")
     with torch.inference_mode():
         model = h.model.clone()
@@ -224,7 +239,7 @@ def test_model_that_loses_the_gradient_is_refused(hosts: Callable[[str], Host], 
         h.sample(h.sampler(probe), guider=Host(h.pack, "sd15", model, h.vae).guider())
 
 
-def test_nan_from_the_model_names_the_noise_level(hosts: Callable[[str], Host]) -> None:
+def test_nan_from_the_model_names_the_noise_level(hosts: Callable[..., Host]) -> None:
     h = hosts("sd15")
     with torch.inference_mode():
         model = h.model.clone()
@@ -235,41 +250,6 @@ def test_nan_from_the_model_names_the_noise_level(hosts: Callable[[str], Host]) 
 
 
 # Models in memory -------------------------------------------------------------------------------------------------------
-
-
-def test_paged_models_are_swapped_for_a_twin(hosts: Callable[[str], Host], tiny: Callable[..., Path], load: Callable) -> None:
-    """A CPU never pages, so the patcher only says that it does; the twin is ComfyUI's real reload from the file."""
-    import comfy.model_patcher
-
-    class Paged(comfy.model_patcher.ModelPatcher):
-        def is_dynamic(self) -> bool:
-            return True
-
-        def get_non_dynamic_delegate(self) -> comfy.model_patcher.ModelPatcher:
-            twin = comfy.model_patcher.ModelPatcher.clone(self, force_deepcopy=True)
-            twin.__class__ = comfy.model_patcher.ModelPatcher
-            return twin
-
-    reference = hosts("sd15")
-    model, _, vae = load(tiny("sd15"))
-    h = Host(reference.pack, "sd15", model, vae)
-    solve = h.pack.samplers.sample_psld
-    expected = h.sample(h.sampler(solve), steps=2)
-
-    model.__class__ = Paged
-    seen = []
-
-    def look(model: Any, x: Tensor, sigmas: Tensor, **given: Any) -> Tensor:
-        seen.append(guider.model_patcher)
-        return solve(model, x, sigmas, **given)
-
-    guider = h.guider()
-    with torch.inference_mode():
-        result = h.sample(h.sampler(look), guider=guider, steps=2)
-    assert seen[0] is not model
-    assert not seen[0].is_dynamic()
-    assert guider.model_patcher is model
-    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_loader_that_cannot_reload_is_named(host: ModuleType) -> None:
@@ -284,18 +264,7 @@ def test_a_loader_that_cannot_reload_is_named(host: ModuleType) -> None:
         host.static_patcher(Paged(), "VAE")
 
 
-def test_memory_asked_for_covers_the_backward_pass(hosts: Callable[[str], Host], host: ModuleType) -> None:
-    h = hosts("sd15")
-    x = torch.zeros(1, 4, 64, 64)
-    asked = host.backward_memory(h.model.model, h.vae, x, (1, 3, 512, 512))
-    decode = h.vae.memory_used_decode((1, 4, 64, 64), h.vae.vae_dtype)
-    encode = h.vae.memory_used_encode((1, 3, 512, 512), h.vae.vae_dtype)
-    unet = h.model.model.memory_required([2, 4, 64, 64])
-    assert asked == max(3 * decode + 2 * encode, 10 * unet)
-    assert host.backward_memory(h.model.model, None, x, (1, 3, 512, 512)) == 10 * unet
-
-
-def test_nothing_of_the_model_changes(hosts: Callable[[str], Host]) -> None:
+def test_nothing_of_the_model_changes(hosts: Callable[..., Host]) -> None:
     """Weights, attributes of patched modules, and a stock picture are bit-identical after a run of ours."""
     import comfy.samplers
 
@@ -310,14 +279,14 @@ def test_nothing_of_the_model_changes(hosts: Callable[[str], Host]) -> None:
     assert torch.equal(h.sample(euler), before)
 
 
-def test_latent_that_comes_back_is_detached(hosts: Callable[[str], Host]) -> None:
+def test_latent_that_comes_back_is_detached(hosts: Callable[..., Host]) -> None:
     h = hosts("sd15")
     result = h.sample(h.sampler(h.pack.samplers.sample_psld), steps=2)
     assert not result.requires_grad
     assert result.isfinite().all()
 
 
-def test_interrupt_stops_within_a_step(hosts: Callable[[str], Host]) -> None:
+def test_interrupt_stops_within_a_step(hosts: Callable[..., Host]) -> None:
     import comfy.model_management as mm
 
     h, steps = hosts("sd15"), []

@@ -42,7 +42,7 @@ def test_loads(server: Server) -> None:
 
 
 def test_every_node_is_there(own: Info) -> None:
-    written = re.findall(r'node_id="(\w+)"', "".join(path.read_text() for path in (ROOT / "nodes").glob("*.py")))
+    written = re.findall(r'node_id="(\w+)"', "".join(path.read_text() for path in (ROOT / "nodes").rglob("*.py")))
     assert len(written) >= 9
     assert sorted(own) == sorted(written)
 

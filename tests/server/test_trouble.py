@@ -42,8 +42,17 @@ def mask_pattern(prompt: Prompt, width: int = 128, value: float = 0.0) -> str:
     return mask
 
 
+def paper_rule(prompt: Prompt, **values: Any) -> None:
+    """The step lengths of the paper, which have more knobs to get wrong."""
+    sampler = inputs(prompt, "PSLD Sampler")
+    for name in [key for key in sampler if key.startswith("rule")]:
+        del sampler[name]
+    rule = {"omega": 1.0, "gamma": 0.1, "eta": 0.0, "glue": "pinv", **values}
+    sampler.update({"rule": "paper", **{f"rule.{name}": value for name, value in rule.items()}})
+
+
 def both_weights_zero(prompt: Prompt) -> None:
-    inputs(prompt, "PSLD Sampler").update(omega=0.0, gamma=0.0)
+    paper_rule(prompt, omega=0.0, gamma=0.0)
 
 
 def mask_as_operator(prompt: Prompt) -> None:
@@ -51,7 +60,7 @@ def mask_as_operator(prompt: Prompt) -> None:
 
 
 def weight_out_of_range(prompt: Prompt) -> None:
-    inputs(prompt, "PSLD Sampler")["omega"] = 1e6
+    paper_rule(prompt, omega=1e6)
 
 
 def no_operator(prompt: Prompt) -> None:
@@ -61,9 +70,8 @@ def no_operator(prompt: Prompt) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (both_weights_zero, ("PosteriorSamplerPSLD", "omega and gamma are both 0", "set one above 0")),
         (mask_as_operator, ("PosteriorMeasureSimulate", "operator", "MASK", "LINEAR_OPERATOR")),
-        (weight_out_of_range, ("PosteriorSamplerPSLD", "omega: got 1000000.0")),
+        (weight_out_of_range, ("PosteriorSamplerPSLD", "rule.omega", "1000000.0 bigger than max of 100")),
         (no_operator, ("PosteriorMeasureSimulate", "Required input is missing", "operator")),
     ],
 )
@@ -110,7 +118,7 @@ def box_outside(prompt: Prompt) -> None:
 
 def linked_weights_zero(prompt: Prompt) -> None:
     zero = add(prompt, "zero", "PrimitiveFloat", value=0.0)
-    inputs(prompt, "PSLD Sampler").update(omega=[zero, 0], gamma=[zero, 0])
+    paper_rule(prompt, omega=[zero, 0], gamma=[zero, 0])
 
 
 def colour_photo_as_grey(prompt: Prompt) -> None:
@@ -144,6 +152,7 @@ def picture_no_latent_has(prompt: Prompt) -> None:
     [
         (mask_of_another_size, ("PosteriorMeasureSimulate", "mask: is 64 x 128", "128 x 128")),
         (box_outside, ("PosteriorMeasureSimulate", "beyond the picture of 128 x 128")),
+        (both_weights_zero, ("PosteriorSamplerPSLD", "omega and gamma are both 0", "set one above 0")),
         (linked_weights_zero, ("PosteriorSamplerPSLD", "omega and gamma are both 0")),
         (colour_photo_as_grey, ("PosteriorMeasurementFromPhoto", "photo: is in colour")),
         (mask_of_nothing, ("PosteriorMask", "mask: marks no pixel", "Mask Editor")),
@@ -162,19 +171,21 @@ def test_fails_with_a_clear_message(server: Server, spoil: Callable[[Prompt], No
     assert all(word in str(failed.value) for word in words), failed.value
 
 
-def disk_blur(prompt: Prompt) -> None:
+def motion_blur(prompt: Prompt) -> None:
+    kernel = {"length": 15.0, "angle": 30.0, "intensity": 0.0, "seed": 0}
     prompt[titled(prompt, "Operator")].update(
         class_type="PosteriorBlur",
-        inputs={"kernel": "disk", "kernel.radius": 3.0, "boundary": "reflect"},
+        inputs={"kernel": "motion", **{f"kernel.{name}": value for name, value in kernel.items()}, "boundary": "replicate"},
     )
 
 
 def test_pseudo_inverse_that_does_not_converge(server: Server) -> None:
     prompt = shipped("super_resolution_x8", SHORT)
-    disk_blur(prompt)
+    motion_blur(prompt)
+    paper_rule(prompt)
     with pytest.raises(PromptFailed, match=r"glue: the pseudo-inverse of this operator does not converge.*adjoint.*circular"):
         server.run(keep(prompt, "Result"))
     # What the message proposes works; and with a little noise Finish needs no exact solution.
-    inputs(prompt, "PSLD Sampler")["glue"] = "adjoint"
+    paper_rule(prompt, glue="adjoint")
     inputs(prompt, "Measure (simulate)")["sigma"] = 0.01
     assert run(server, keep(prompt, "Result")).shape == (128, 128, 3)

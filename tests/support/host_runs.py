@@ -13,7 +13,7 @@ SIZE = 64  # pixels; 8 x 8 latents
 
 @dataclass
 class Host:
-    """One loaded tiny model and what it takes to sample from it through nodes/host.py.
+    """One loaded tiny model and what it takes to sample from it through nodes/host.
 
     Attributes:
         pack: the pack, loaded as ComfyUI loads it.
@@ -81,18 +81,23 @@ class Probe:
         return x
 
 
+def pull_back(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """A seeded random v of the shape of function(x), and autograd's gradient of <v, function(x)>."""
+    x = x.detach().requires_grad_()
+    output = function(x)
+    v = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
+    (gradient,) = torch.autograd.grad((v * output).sum(), x)
+    return v, gradient
+
+
 def directional_derivatives(function: Callable[[Tensor], Tensor], x: Tensor, step: float = 2e-3) -> tuple[list, list, float]:
     """Finite differences and autograd of <v, function(x)>, for a random v, along the gradient and along a random direction.
 
     Returns:
         finite differences, autograd's, and the norm of autograd's gradient, by which errors are to be judged.
     """
-    generator = torch.Generator().manual_seed(3)
-    x = x.detach().requires_grad_()
-    output = function(x)
-    v = torch.randn(output.shape, generator=generator)
-    (gradient,) = torch.autograd.grad((v * output).sum(), x)
-    random = torch.randn(x.shape, generator=generator)
+    v, gradient = pull_back(function, x)
+    random = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
     differences, products = [], []
     with torch.no_grad():
         for direction in (gradient, random):

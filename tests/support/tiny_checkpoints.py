@@ -71,6 +71,7 @@ def write_checkpoint(
     seed: int = 0,
     levels: int = 1,
     dtype: torch.dtype = torch.float32,
+    kl_width: int = 32,
 ) -> Path:
     """Write a checkpoint that CheckpointLoaderSimple loads.
 
@@ -80,6 +81,7 @@ def write_checkpoint(
         clip: with SD 1.5's text encoder (123 M, of fixed size); sd15 only. Without one, use `conditioning`.
         zero_out: zero the last layer.
         levels: resolutions of the UNet; sd15 and sd21v only.
+        kl_width: channels of the KL decoder at full resolution; stock is 128.
     """
     spec = SPECS[arch]
     if clip and arch != "sd15":
@@ -96,7 +98,7 @@ def write_checkpoint(
         weights[f"{last}.weight"].zero_()
         weights[f"{last}.bias"].zero_()
     if vae == "kl":
-        _kl(weights, spec.latent_channels)
+        _kl(weights, spec.latent_channels, kl_width)
     elif vae is not None:
         _taesd(weights, spec.latent_channels)
         if vae == "box":
@@ -316,8 +318,8 @@ def _make_box(weights: Weights, latent_channels: int) -> None:
     weights[f"{decoder}19.bias"][:] = -offset
 
 
-def _kl(weights: Weights, latent_channels: int) -> None:
-    """Stable Diffusion's own kind of autoencoder. ComfyUI fixes the encoder at 128 channels; the decoder has a quarter."""
+def _kl(weights: Weights, latent_channels: int, width: int) -> None:
+    """Stable Diffusion's own kind of autoencoder. ComfyUI fixes the encoder at 128 channels and finds the decoder's `width`."""
     multiples = (1, 2, 4, 4)
 
     def res_block(prefix: str, out: int, into: int) -> None:
@@ -351,7 +353,7 @@ def _kl(weights: Weights, latent_channels: int) -> None:
         weights.conv(f"{prefix}conv_out", ends[1], width)
 
     half(f"{VAE}encoder.", 128, (3, 2 * latent_channels), "down", "downsample", blocks=2)
-    half(f"{VAE}decoder.", 32, (latent_channels, 3), "up", "upsample", blocks=3)
+    half(f"{VAE}decoder.", width, (latent_channels, 3), "up", "upsample", blocks=3)
     weights.conv(f"{VAE}quant_conv", 2 * latent_channels, 2 * latent_channels, size=1)
     weights.conv(f"{VAE}post_quant_conv", latent_channels, latent_channels, size=1)
 

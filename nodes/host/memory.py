@@ -1,0 +1,370 @@
+"""What a gradient step needs, and trading time for it: activations computed again in the backward pass instead of kept.
+
+Three modes, from quick to small, with the same gradient:
+
+    fastest   every activation of network, decoder and encoder is kept until the backward pass
+    balanced  only what goes into each of their blocks is kept; a block is computed again when its turn comes
+    lowest    not even that: one network at a time is computed again, block by block
+"""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .gradients import differentiable_options, gradients
+
+MODES = ("fastest", "balanced", "lowest")
+USABLE = 0.9  # of free memory: allocators fragment
+GIB = 2**30
+
+
+# Computing again --------------------------------------------------------------------------------------------------------
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The modules worth computing again one at a time: residual blocks, transformer blocks, resamplings.
+
+    They are what containers are made of, in any architecture: a module with parts of its own, none of them a ModuleList.
+    """
+    found = []
+    for child in network.children():
+        has_list = any(isinstance(part, nn.ModuleList) for part in child.modules())
+        group = isinstance(child, nn.Sequential | nn.ModuleList) or type(child).forward is nn.Module.forward
+        if group or has_list:
+            found += blocks(child)
+        elif any(True for _ in child.children()):
+            found.append(child)
+    return found
+
+
+@contextlib.contextmanager
+def replaced_forwards(modules: list[nn.Module], wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Give these instances another `forward`, for a while; classes stay as they are."""
+    before = {module: module.__dict__.get("forward") for module in modules}
+    try:
+        for module in before:
+            module.forward = wrap(module.forward)
+        yield
+    finally:
+        for module, own in before.items():
+            module.__dict__.pop("forward", None)
+            if own is not None:  # some other extension's
+                module.forward = own
+
+
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function; with a gradient it keeps its inputs only, and runs again in the backward pass.
+
+    Networks write into the dicts they are given ("block_index" in transformer_options) and take controls off their lists, so
+    each run gets a copy of its own.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        args, kwargs = _own(args), _own(kwargs)
+        first, failure = True, None
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal first, failure
+            if not first:
+                return function(*_own(args), **_own(kwargs))
+            first = False
+            try:
+                return function(*_own(args), **_own(kwargs))
+            except BaseException as error:
+                # PyTorch takes its hooks off only after a return; left on, they would spoil every later graph.
+                failure = error
+                return None
+
+        result = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        try:
+            if failure is not None:
+                raise failure
+            return result
+        finally:
+            failure = None  # its traceback holds this frame, and with it tensors
+
+    return call
+
+
+def _own(arguments: Any) -> Any:
+    """A copy of the tuple or dict of arguments, of the dicts among them, and of the lists in these."""
+    if isinstance(arguments, tuple):
+        return tuple(_own(value) if isinstance(value, dict) else value for value in arguments)
+    copied = {}
+    for key, value in arguments.items():
+        if isinstance(value, dict):
+            value = {k: list(v) if type(v) is list else v for k, v in value.items()}
+        copied[key] = list(value) if type(value) is list else value
+    return copied
+
+
+@contextlib.contextmanager
+def recomputing(mode: str, networks: list[nn.Module], vae: nn.Module | None) -> Iterator[None]:
+    """Inside, calls of these networks keep what `mode` says.
+
+    Args:
+        networks: diffusion networks and controls, called as modules.
+        vae: its network, whose `encode` and `decode` are for the codec to wrap.
+    """
+    modules: list[nn.Module] = []
+    if mode != "fastest":
+        modules = [block for network in (*networks, vae) if network is not None for block in blocks(network)]
+    if mode == "lowest":
+        modules += networks
+    with replaced_forwards(modules, recomputed):
+        yield
+
+
+# Estimating -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Bytes that one network's forward pass leaves for the backward pass.
+
+    Attributes:
+        saved: all of them.
+        kept: what is left when its blocks are computed again.
+        block: the most that one block needs when its turn comes.
+        largest: the largest single tensor among them.
+    """
+
+    saved: int = 0
+    kept: int = 0
+    block: int = 0
+    largest: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the compute device for one gradient step.
+
+    What is saved is exact. The peak at which it is freed is bounded: 1.04 (fastest), 1.2 and 1.3 (lowest) times what one step was
+    seen to take on a CPU (benchmarks/results/psld_cost.md). A GPU's own workspaces are not known to it.
+
+    Attributes:
+        weights: of diffusion model, VAE and ControlNets.
+        stages: network, decoder, encoder, as far as they take part.
+        copies: largest tensors that the backward pass of one layer holds beside what was saved (in, out, and workspace).
+    """
+
+    weights: int
+    stages: tuple[Stage, ...]
+    copies: int = 2
+
+    def activations(self, mode: str) -> int:
+        """Bytes beside the weights at the peak of a step."""
+        if mode == "fastest":
+            peak = sum(stage.saved for stage in self.stages)
+        elif mode == "balanced":  # the backward pass has done with the later stages when it comes to an earlier one
+            kept = itertools.accumulate(stage.kept for stage in self.stages)
+            peak = max(before + stage.block for before, stage in zip(kept, self.stages, strict=True))
+        else:
+            peak = max(stage.kept + stage.block for stage in self.stages)
+        return peak + self.copies * max(stage.largest for stage in self.stages)
+
+    def gigabytes(self, mode: str) -> float:
+        """Weights and activations, in GiB."""
+        return (self.weights + self.activations(mode)) / GIB
+
+    def best(self, free: float) -> str:
+        """The quickest mode whose activations go into `free` bytes, or the lowest."""
+        return next((mode for mode in MODES if self.fits(mode, free)), MODES[-1])
+
+    def fits(self, mode: str, free: float) -> bool:
+        """Whether the activations of a mode go into `free` bytes."""
+        return self.activations(mode) <= USABLE * free
+
+    def advice(self, size: tuple[int, int], free: float) -> str:
+        """What would fit: a size for which the lowest mode goes into `free` bytes, and other ways out."""
+        height, width = size
+        scale = (USABLE * free / self.activations(MODES[-1])) ** 0.5
+        if scale >= 1:
+            return "close other programs that use the GPU, or restart ComfyUI"
+        fits = [int(side * scale) // 64 * 64 for side in (width, height)]
+        smaller = f"a picture of about {fits[0]} x {fits[1]} would fit; so may " if min(fits) else ""
+        return f"{smaller}a smaller batch, or a float16 or bfloat16 model and VAE instead of float32"
+
+
+def estimate(model: Any, vae: Any, shape: tuple[int, ...], passes: int = 2, controls: tuple[nn.Module, ...] = ()) -> Estimate:
+    """What a step needs, from the networks themselves: they run on fake tensors, which have shapes and no memory.
+
+    Args:
+        model: a ComfyUI BaseModel.
+        vae: a ComfyUI VAE, or None.
+        shape: of the latent, (B, c, h, w).
+        passes: network passes for each step, 2 with classifier-free guidance.
+        controls: ControlNets, counted in proportion to their size.
+
+    Raises:
+        RuntimeError: the network needs inputs that only its own conditioning can give.
+    """
+    from comfy.model_management import InterruptProcessingException, module_size
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    sizes = [module_size(network) for network in (model, *controls)]
+    weights = sum(sizes) + (0 if vae is None else module_size(vae.first_stage_model))
+    share = sum(sizes) / sizes[0]
+    stages = []
+    try:
+        with gradients(), FakeTensorMode(allow_non_fake_inputs=True):
+            inputs = _network_inputs(model, (passes * shape[0], *shape[1:]))
+            stage = _measure(model.diffusion_model, lambda network, x, **given: network(x, **given), *inputs)
+            stages.append(dataclasses.replace(stage, saved=int(share * stage.saved), kept=int(share * stage.kept)))
+            if vae is not None:
+                network, device = vae.first_stage_model, vae.device
+                latent = torch.empty(shape, dtype=vae.vae_dtype, device=device)
+                side = vae.upscale_ratio
+                image = latent.new_empty((shape[0], 3, shape[2] * side, shape[3] * side))
+                stages.append(_measure(network, lambda network, z: network.decode(z), latent))
+                stages.append(_measure(network, lambda network, image: network.encode(image), image))
+    except InterruptProcessingException:  # the layers look out for it here too
+        raise
+    except Exception as error:
+        raise RuntimeError(f"the memory that {type(model).__name__} needs cannot be estimated ({error})") from error
+    return Estimate(int(weights), tuple(stages))
+
+
+def _network_inputs(model: Any, shape: tuple[int, ...]) -> tuple[Tensor, dict[str, Any]]:
+    """Fake inputs of a diffusion network, as its conditionings would make them: noisy latent, and the rest by name."""
+    config = model.model_config.unet_config
+    device, dtype = _device_of(model), model.get_dtype_inference()
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device=device, dtype=dtype)
+
+    batch, channels = shape[:2]
+    embedder = (config.get("context_embedder_config") or {}).get("params", {})
+    context = config.get("context_dim") or embedder.get("in_features") or config.get("context_in_dim")
+    vector = model.adm_channels or config.get("vec_in_dim")
+    given = {
+        "timesteps": torch.empty(batch, device=device),
+        "context": None if context is None else empty(batch, 77, context),
+        "y": None if not vector else empty(batch, vector),
+        "transformer_options": differentiable_options({}, False)["transformer_options"],
+    }
+    return empty(batch, config.get("in_channels") or channels, *shape[2:]), given
+
+
+def _device_of(model: Any) -> torch.device:
+    from comfy.model_management import get_torch_device
+
+    patcher = getattr(model, "current_patcher", None)
+    return get_torch_device() if patcher is None else patcher.load_device
+
+
+def _measure(network: nn.Module, run: Callable[..., Any], x: Tensor, given: dict[str, Any] | None = None) -> Stage:
+    """Run a skeleton of the network on fake tensors and add up what autograd saves, in all and block by block."""
+    twin = _skeleton(network, x.device)
+    weights = {tensor.untyped_storage()._cdata for tensor in (*twin.parameters(), *twin.buffers())}
+    everything: dict[int, Tensor] = {}
+    outside: dict[int, Tensor] = {}
+    inside: list[dict[int, Tensor]] = []
+    current = outside
+
+    def save(tensor: Tensor, *places: dict[int, Tensor]) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in weights:
+            for place in places:
+                place[key] = tensor
+        return tensor
+
+    def recorded(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal current
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, Tensor):
+                    save(value, outside)
+            inside.append({})
+            current = inside[-1]
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                current = outside
+
+        return call
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: save(t, everything, current), lambda t: t)
+    with replaced_forwards(blocks(twin), recorded), hooks:
+        run(twin, x.requires_grad_(), **(given or {}))
+
+    def size(tensors: dict[int, Tensor]) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+    return Stage(
+        saved=size(everything),
+        kept=size(outside),
+        block=max((size(block) for block in inside), default=0),
+        largest=max((tensor.untyped_storage().nbytes() for tensor in everything.values()), default=0),
+    )
+
+
+def _skeleton(module: nn.Module, device: torch.device) -> nn.Module:
+    """The same network on new tensors of the same shapes; with fake tensors it costs nothing."""
+
+    def like(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    twin = object.__new__(type(module))
+    twin.__dict__ = dict(module.__dict__)
+    # Not what is hung on the real layers: their weights' places in memory and patches, hooks, and others' `forward`.
+    twin.__dict__ |= {name: type(value)() for name, value in twin.__dict__.items() if name.endswith("_hooks")}
+    twin.__dict__ |= {name: [] for name in ("weight_function", "bias_function") if name in twin.__dict__}
+    for name in ("_v", "forward"):
+        twin.__dict__.pop(name, None)
+    twin._parameters = {
+        name: None if p is None else nn.Parameter(like(p), requires_grad=False) for name, p in module._parameters.items()
+    }
+    twin._buffers = {name: like(buffer) for name, buffer in module._buffers.items()}
+    twin._modules = {name: None if part is None else _skeleton(part, device) for name, part in module._modules.items()}
+    return twin
+
+
+# Free memory, and none --------------------------------------------------------------------------------------------------
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on the compute device."""
+    import comfy.model_management as mm
+
+    return int(mm.get_free_memory(device))
+
+
+def room(device: torch.device, weights: int) -> int:
+    """Bytes for activations once these weights are loaded and the host has moved other models out."""
+    import comfy.model_management as mm
+
+    if device.type == "cpu":  # where loading a model takes nothing more
+        return free_memory(device)
+    loaded = sum(model.model_loaded_memory() for model in mm.current_loaded_models if model.device == device)
+    return max(0, free_memory(device) + loaded - weights)
+
+
+def release_memory() -> None:
+    """Give what is cached and unused back to the device."""
+    import comfy.model_management as mm
+
+    mm.soft_empty_cache()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device is out of memory."""
+    import comfy.model_management as mm
+
+    if isinstance(error, mm.InterruptProcessingException):
+        return False
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    # CPU, MPS and other back ends have no class of their own for it.
+    return isinstance(error, RuntimeError) and any(
+        words in str(error).lower() for words in ("out of memory", "not enough memory", "can't allocate memory")
+    )

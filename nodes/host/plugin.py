@@ -1,0 +1,232 @@
+"""The SAMPLER: a sampler of samplers/ under any stock guider, scheduler and noise."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...operators import LinearOperator
+from ...samplers import State
+from ..measurement import measured
+from . import guard
+from .codec import Codec, check_sizes, check_vae
+from .gradients import differentiable_options, gradients, normal_tensors
+from .loading import Loaded, control_networks, controls, resident
+from .memory import GIB, MODES, Estimate, estimate, free_memory, out_of_memory, recomputing, release_memory
+from .readout import Readout, throw_if_interrupted
+from .refusals import check_attention, refuse_unsupported, state_of
+
+log = logging.getLogger("comfyui-posterior")
+
+
+def stock_sampler(
+    solve: Callable[..., Tensor],
+    measurement: Any,
+    vae: Any,
+    memory: str = "auto",
+    check_gradients: bool = False,
+    unique_id: str | None = None,
+    **options: Any,
+) -> Any:
+    """A ComfyUI SAMPLER that runs `solve`, a sampler of samplers/, on any guider, scheduler and noise.
+
+    Args:
+        solve: a k-diffusion function with keywords `measurement` and `autoencoder`.
+        measurement: what was observed, on any device.
+        vae: a ComfyUI VAE, or None when the model works on pixels.
+        memory: one of MODES, or "auto" for the quickest that fits. All give the same result.
+        check_gradients: compare autograd with finite differences before the first step.
+        unique_id: of the node that shows the progress.
+        options: further keywords of `solve`.
+    """
+    from comfy.samplers import KSAMPLER
+
+    given = {"memory": memory, "check_gradients": check_gradients, "unique_id": unique_id}
+    return KSAMPLER(run_on_host, {"solve": solve, "measurement": measurement, "vae": vae, "options": options, **given})
+
+
+def run_on_host(
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any],
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    disable: bool | None = None,
+    *,
+    solve: Callable[..., Tensor],
+    measurement: Any,
+    vae: Any,
+    options: dict[str, Any],
+    memory: str = "auto",
+    check_gradients: bool = False,
+    unique_id: str | None = None,
+) -> Tensor:
+    """What KSAMPLER calls: prepare the host, run `solve` in the k-state, give the state back as the host wants it."""
+    guider = model.inner_model
+    model_options = extra_args["model_options"]
+    refuse_unsupported(guider, x, model_options)
+    state = state_of(guider.inner_model.model_sampling)
+    if vae is not None:
+        check_vae(vae, guider.inner_model.latent_format)
+    check_sizes(x, measurement, vae)
+    counts = measured(measurement.operator, measurement.y).expand_as(measurement.y).flatten(1).sum(1)
+    readout = Readout(unique_id, 1 / (2 * counts.clamp(min=1).sqrt()), measurement.sigma / 2)
+    need = needed(guider, vae, x)
+    room = 1e30 if need is None else need.activations(MODES[0] if memory == "auto" else memory)
+
+    with gradients(), resident(guider, vae, room) as loaded:
+        model_options = differentiable_options(model_options, bool(controls(guider)))
+        for network in loaded.networks:
+            check_attention(network, model_options["transformer_options"])
+        extra_args = normal_tensors({key: value for key, value in extra_args.items() if key != "model_options"})
+        extra_args["model_options"] = model_options
+        for name in ("conds", "_uncond_conds"):  # the second is Guider_DualModel's
+            if getattr(guider, name, None) is not None:
+                setattr(guider, name, normal_tensors(getattr(guider, name)))
+        model.latent_image, model.noise = normal_tensors((model.latent_image, model.noise))
+        sigmas_k = state.sigmas_to_k(normal_tensors(sigmas))
+        start = state.to_k(normal_tensors(x), sigmas_k[0])
+        measurement = measurement.to(x.device, torch.float32, copy=True)
+        stop_when_interrupted(measurement.operator)
+        codec = None
+        if loaded.vae is not None:
+            codec = Codec(loaded.vae, guider.inner_model.latent_format, vae.device, vae.vae_dtype)
+        denoise = denoiser(model, state)
+
+        def run(codec: Codec | None) -> Tensor:
+            if check_gradients:
+                precision = lowest_precision(guider.inner_model, codec)
+                sigma = sigmas_k[0].expand(len(start))
+                line = guard.check_gradient(lambda v: denoise(v, sigma, **extra_args), start, measurement, codec, precision)
+                log.info(line)
+                readout.note(line)
+            return solve(
+                denoise,
+                start.clone(),
+                sigmas_k,
+                extra_args=extra_args,
+                callback=host_callback(callback, state, readout, len(sigmas) - 1),
+                disable=disable,
+                measurement=measurement,
+                autoencoder=codec,
+                **options,
+            )
+
+        result = run_in_memory(run, codec, loaded, memory, need, readout, tuple(measurement.operator.in_shape[1:]), x.device)
+        readout.finish()
+        return state.from_k(result, sigmas_k[-1])
+
+
+def run_in_memory(
+    run: Callable[[Codec | None], Tensor],
+    codec: Codec | None,
+    loaded: Loaded,
+    memory: str,
+    need: Estimate | None,
+    readout: Readout,
+    size: tuple[int, int],
+    device: torch.device,
+) -> Tensor:
+    """Run in the mode asked for, and from the start again in the next lower one whenever memory runs out.
+
+    The whole run and not the step: the result then is the lower mode's own, and a run mostly fails in its first step.
+    """
+    free = free_memory(device)
+    if memory == "auto":
+        memory = MODES[-1] if need is None else need.best(free)
+    if memory != MODES[0]:
+        readout.note(f"memory: {memory}")
+    modes = list(MODES[MODES.index(memory) :])
+    while True:
+        mode = modes.pop(0)
+        try:
+            with recomputing(mode, loaded.networks, loaded.vae):
+                lean = codec if codec is None else dataclasses.replace(codec, recompute=mode == MODES[-1])
+                return run(lean)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if not modes:
+                raise torch.cuda.OutOfMemoryError(_too_large(need, size, free, error)) from error
+        # Out of the except clause, where the error no longer holds the tensors of the frames it went through.
+        release_memory()
+        note = f"out of memory in mode {mode}; started again in mode {modes[0]}"
+        log.warning(note)
+        readout.restart(note)
+
+
+def _too_large(need: Estimate | None, size: tuple[int, int], free: float, error: Exception) -> str:
+    text = f"out of memory even in mode {MODES[-1]} ({error})."
+    if need is None:
+        return f"{text} A smaller picture or batch needs less"
+    required = f"{need.activations(MODES[-1]) / GIB:.1f} GB beside {need.weights / GIB:.1f} GB of weights"
+    return f"{text} This run needs about {required}; {free / GIB:.1f} GB were free. To make it fit: {need.advice(size, free)}"
+
+
+def needed(guider: Any, vae: Any, x: Tensor) -> Estimate | None:
+    """The estimate for a guider's next run, or None, and a line in the log, where the model does not allow one."""
+    groups = [group for kind, group in guider.conds.items() if kind == "positive" or getattr(guider, "cfg", 0) != 1]
+    passes = max(1, sum(len(group) for group in groups))
+    nets = tuple(dict.fromkeys(control_networks(guider)))
+    try:
+        return estimate(guider.inner_model, vae, tuple(x.shape), passes, nets)
+    except RuntimeError as error:
+        log.warning("%s; memory auto means lowest for this run", error)
+        return None
+
+
+def lowest_precision(model: Any, codec: Codec | None) -> torch.dtype:
+    """Of the diffusion model's and the VAE's precisions, the one with the larger rounding."""
+    kinds = [model.get_dtype_inference(), *([] if codec is None else [codec.dtype])]
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps)
+
+
+def stop_when_interrupted(operator: LinearOperator) -> None:
+    """Let an operator, the run's own copy, and those in it notice a cancelled run, also within the iterations of a solve."""
+    forward = operator._forward
+
+    def watched(x: Tensor) -> Tensor:
+        throw_if_interrupted()
+        return forward(x)
+
+    for value in list(vars(operator).values()):
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, LinearOperator):
+                stop_when_interrupted(part)
+    operator._forward = watched
+
+
+def denoiser(model: Any, state: State) -> Callable[..., Tensor]:
+    """`model(x, sigma, **extra_args)` -> x0 in the k-state, around the host's model; without a gradient it is an error."""
+
+    def denoise(x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        x_host = state.from_k(x, sigma.reshape(-1, 1, 1, 1))
+        denoised = model(x_host, state.sigma_from_k(sigma), **extra_args)
+        if x.requires_grad and torch.is_grad_enabled() and not denoised.requires_grad:
+            raise ValueError(
+                "the model's output has no gradient: a patch or wrapper on the model computes without one; remove it"
+            )
+        if not bool(torch.isfinite(denoised).all()):
+            raise RuntimeError(
+                f"the model returned NaN or infinite values at sigma {float(sigma[0]):.4g}; try a lower cfg or another precision"
+            )
+        return denoised
+
+    return denoise
+
+
+def host_callback(
+    callback: Callable[[dict[str, Any]], None] | None, state: State, readout: Readout, steps: int
+) -> Callable[[dict[str, Any]], None]:
+    """Progress, previews in the host's state and the node's read-out, and a stop within one step when the user cancels."""
+
+    def report(step: dict[str, Any]) -> None:
+        throw_if_interrupted()
+        readout.step(step["i"], steps, float(step["sigma"]), step.get("residual"))
+        if callback is not None:
+            callback({**step, "x": state.from_k(step["x"], step["sigma"])})
+
+    return report

@@ -1,0 +1,79 @@
+"""What cannot be differentiated correctly, refused by name before the first step: a wrong gradient is a wrong picture."""
+
+import itertools
+import logging
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...samplers import State
+
+log = logging.getLogger("comfyui-posterior")
+
+
+def refuse_unsupported(guider: Any, x: Tensor, model_options: dict[str, Any]) -> None:
+    """Refuse, before the first step, what would give a wrong gradient or an obscure error."""
+    if x.ndim != 4:
+        raise ValueError(
+            f"the latent has {x.ndim} dimensions {tuple(x.shape)}; only pictures, (batch, channels, height, width), work"
+        )
+    conds = [cond for group in guider.conds.values() for cond in group]
+    if len({cond.get("hooks") for cond in conds}) > 1:
+        raise ValueError(
+            "the conditionings carry different hooks (for example a LoRA on the positive prompt only). Their weights are swapped "
+            "between the two network passes, which makes the gradient wrong. Apply the LoRA to the model, or the same hook to "
+            "every conditioning"
+        )
+    if len(model_options.get("multigpu_clones", {})) > 1:
+        raise ValueError(
+            "the model is split over several GPUs, where ComfyUI computes without gradients; remove the multi-GPU node"
+        )
+    if "easycache" in model_options.get("transformer_options", {}):  # LazyCache goes by the same name
+        raise ValueError(
+            "EasyCache or LazyCache is on the model: it skips network calls, and with them the gradient; remove it"
+        )
+    if model_options.get("context_handler") is not None:
+        raise ValueError(
+            "context windows are active on the model, and have not been proved to have a gradient; remove that node"
+        )
+    transformer = model_options.get("transformer_options", {})
+    patches = [patch for group in transformer.get("patches", {}).values() for patch in group]
+    if any("tomesd" in (getattr(patch, "__module__", None) or "") for patch in patches):
+        log.warning("Token merging is active: its choice of tokens is not differentiable, so the guidance is only approximate.")
+
+
+def state_of(model_sampling: Any) -> State:
+    """Which state a model's sampling uses, by its parametrisation; an unknown one is refused by name."""
+    import comfy.model_sampling as families
+
+    def is_a(*names: str) -> bool:
+        known = tuple(getattr(families, name) for name in names if hasattr(families, name))
+        return isinstance(model_sampling, known)
+
+    if is_a("EPS", "V_PREDICTION", "EDM", "X0") and not is_a("IMG_TO_IMG"):
+        return State(flow=False)
+    if is_a("CONST") and not is_a("IMG_TO_IMG_FLOW") and getattr(model_sampling, "noise_scale", 1.0) == 1.0:
+        return State(flow=True)
+    names = ", ".join(c.__name__ for c in type(model_sampling).__mro__[1:] if c.__module__ == families.__name__)
+    raise ValueError(f"the model's parametrisation ({names}) is not supported; eps, v-prediction, EDM and rectified flow are")
+
+
+def check_attention(network: torch.nn.Module, options: dict[str, Any]) -> None:
+    """Refuse a diffusion network whose attention has no gradient even under the override, trying each kernel that it calls.
+
+    Args:
+        options: transformer_options of the run.
+    """
+    homes = {type(module).__module__ for module in network.modules()}
+    for home, name in itertools.product(sorted(homes), ("optimized_attention", "optimized_attention_masked")):
+        kernel = getattr(sys.modules.get(home), name, None)
+        if not callable(kernel):
+            continue
+        q, k, v = (torch.ones(1, 4, 8, requires_grad=True) for _ in range(3))
+        if not kernel(q, k, v, 1, transformer_options=dict(options)).requires_grad:
+            raise ValueError(
+                f"attention ({getattr(kernel, '__qualname__', kernel)}, in {home}) has no gradient and cannot be overridden. Remove the "
+                "node that patched it, or start ComfyUI with --use-pytorch-cross-attention"
+            )

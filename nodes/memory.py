@@ -1,0 +1,98 @@
+"""What a run will need, before it runs."""
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..operators import Measurement
+from . import host
+from .types import CATEGORY, MeasurementType
+
+
+class MemoryEstimate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PosteriorMemoryEstimate",
+            display_name="Memory Estimate",
+            category=f"{CATEGORY}/samplers",
+            description="How much memory a posterior sampler will need for this model and size, in each of its memory modes, and which "
+            "of them auto would take now. Nothing is loaded or computed for it.",
+            search_aliases=["VRAM", "out of memory", "OOM", "GPU memory", "will it fit"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model."),
+                io.Vae.Input("vae", optional=True, tooltip="The VAE of the model, as on the sampler node."),
+                MeasurementType.Input(
+                    "measurement", optional=True, tooltip="Gives the size of the picture; or connect a latent."
+                ),
+                io.Latent.Input("latent", optional=True, tooltip="Gives the size when no measurement is connected."),
+                io.Int.Input(
+                    "batch",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="Pictures restored at once. 0: as many as the measurement or the latent has.",
+                ),
+                io.Boolean.Input(
+                    "guidance",
+                    default=True,
+                    tooltip="Whether cfg is other than 1, which takes two passes of the network for each step.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output("fastest", tooltip="GB for model, VAE and gradients when every activation is kept."),
+                io.Float.Output("lowest", tooltip="GB when as much as possible is computed again instead."),
+                io.String.Output("text", tooltip="Both and more in words."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: object,
+        batch: int,
+        guidance: bool,
+        vae: object = None,
+        measurement: Measurement | None = None,
+        latent: dict[str, torch.Tensor] | None = None,
+    ) -> io.NodeOutput:
+        shape = cls._latent_shape(vae, measurement, latent)
+        shape = (batch or shape[0], *shape[1:])
+        try:
+            estimate = host.estimate(model.model, vae, shape, passes=2 if guidance else 1)
+        except RuntimeError as error:
+            raise ValueError(f"model: {error}") from error
+        device = model.load_device
+        room = host.room(device, estimate.weights)
+        ratio = 1 if vae is None else vae.upscale_ratio
+        height, width = (side * ratio for side in shape[2:])
+        lines = [f"{width} x {height}, batch {shape[0]}, {'two passes' if guidance else 'one pass'} of the network"]
+        lines += [f"{mode}: {estimate.gigabytes(mode):.2f} GB" for mode in host.MODES]
+        lines.append(
+            f"of it weights: {estimate.weights / host.GIB:.2f} GB; beside them free on {device}: {room / host.GIB:.2f} GB"
+        )
+        best = estimate.best(room)
+        fits = estimate.fits(best, room)
+        lines.append(f"auto takes {best}" if fits else f"does not fit: {estimate.advice((height, width), room)}")
+        text = "\n".join(lines)
+        host.show_text(cls, text)
+        return io.NodeOutput(estimate.gigabytes("fastest"), estimate.gigabytes("lowest"), text, ui=ui.PreviewText(text))
+
+    @staticmethod
+    def _latent_shape(
+        vae: object, measurement: Measurement | None, latent: dict[str, torch.Tensor] | None
+    ) -> tuple[int, int, int, int]:
+        if measurement is not None:
+            in_shape = measurement.operator.in_shape
+            return (len(measurement.y), *(in_shape if vae is None else host.latent_size(vae, in_shape)))
+        if latent is None:
+            raise ValueError("measurement: is not connected, and neither is latent; one of them must give the size")
+        if latent["samples"].ndim != 4:
+            raise ValueError(f"latent: has {latent['samples'].ndim} dimensions; only latents of pictures work")
+        if vae is not None:
+            host.check_vae(vae)
+        return tuple(latent["samples"].shape)
+
+
+NODES = [MemoryEstimate]

@@ -1,0 +1,239 @@
+"""One node from measurement to picture, for everybody who does not want to build the graph."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..operators import Crop, Measurement
+from ..samplers import fill_unseen, sample_cpigdm, sample_psld
+from . import host
+from .finish import finish
+from .samplers import RUN_INPUTS
+from .types import CATEGORY, MeasurementType, to_image, to_signal
+
+CALLS = {  # network calls; PSLD's also take a gradient through the network
+    "C-PiGDM": {"fast": 5, "balanced": 10, "best": 20},
+    "PSLD": {"fast": 20, "balanced": 50, "best": 100},
+}
+SOLVERS = {
+    "C-PiGDM": (sample_cpigdm, {}),
+    "PSLD": (sample_psld, {"rule": "line_search", "omega": 0.8, "gamma": 0.0}),
+}
+
+
+class Restore(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PosteriorRestore",
+            display_name="Restore",
+            category=CATEGORY,
+            description="Restore a photo in one node: samples the posterior under your checkpoint, decodes, and makes the result agree with "
+            "the photo. Any picture size.",
+            search_aliases=[
+                "posterior",
+                "super resolution",
+                "upscale",
+                "inpaint",
+                "deblur",
+                "destripe",
+                "denoise",
+                "colorize",
+                "restore photo",
+            ],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The diffusion model: SD 1.x, SD 2.x, SDXL, SD3 or another that the samplers know."
+                ),
+                io.Vae.Input("vae", tooltip="The VAE of the model."),
+                io.Conditioning.Input("positive", tooltip="What the picture shows."),
+                MeasurementType.Input("measurement", tooltip="The photo and what happened to it; from a Measurement node."),
+                io.Combo.Input(
+                    "method",
+                    options=list(CALLS),
+                    default="C-PiGDM",
+                    tooltip="C-PiGDM: 5 to 20 network calls without a gradient through the network. PSLD: a gradient through the network at "
+                    "each of 20 to 100 calls, smoother results, more memory.",
+                ),
+                io.Combo.Input(
+                    "quality",
+                    options=["fast", "balanced", "best"],
+                    default="balanced",
+                    tooltip="Network calls: C-PiGDM 5, 10 or 20; PSLD 20, 50 or 100.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=True,
+                    tooltip="Seed of the first picture; the next ones count up. Another seed is another picture that agrees with the photo.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Strength of the prompt; 1 is off and twice as fast.",
+                ),
+                io.Conditioning.Input("negative", optional=True, tooltip="What it does not show. Needed when cfg is not 1."),
+                io.Int.Input(
+                    "samples",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How many results for each photo, for the Uncertainty node: where they differ, the details are invented.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=host.schedulers(),
+                    default="ddim_uniform",
+                    optional=True,
+                    advanced=True,
+                    tooltip="How the noise levels are spaced.",
+                ),
+                *RUN_INPUTS,
+            ],
+            outputs=[
+                io.Image.Output("image", tooltip="The restored pictures: all samples of the first photo, then of the next."),
+                io.Float.Output(
+                    "residual", tooltip="|A x - y|, root mean square on the 0 to 1 scale, worst picture of the batch."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: object,
+        vae: object,
+        positive: list,
+        measurement: Measurement,
+        method: str,
+        quality: str,
+        seed: int,
+        cfg: float,
+        negative: list | None = None,
+        samples: int = 1,
+        scheduler: str = "ddim_uniform",
+        memory: str = "auto",
+        check_gradients: bool = False,
+    ) -> io.NodeOutput:
+        if negative is None and cfg != 1:
+            raise ValueError(
+                f"negative: not connected, but cfg is {cfg}. Connect a prompt (an empty one will do), or set cfg to 1"
+            )
+        exact = measurement.to("cpu", torch.float64)
+        finish(fill_unseen(exact), exact)  # a measurement that cannot be met is found out before the sampling, not after
+        window, wide = widened(exact, host.latent_ratio(vae))
+        filled = to_image(fill_unseen(wide)).clamp(0, 1)
+        sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler)
+        solve, options = SOLVERS[method]
+        run = {"memory": memory, "check_gradients": check_gradients, "unique_id": host.node_id(cls)}
+        images, worst, texts = [], 0.0, []
+        # One picture at a time: it takes the memory of one, and comes out the same to the bit in any batch.
+        for i in range(len(filled)):
+            start = vae.encode(filled[i : i + 1])
+            sampler = host.stock_sampler(solve, wide.select(i).to(torch.float32), vae, **run, **options)
+            for k in range(samples):
+                # Counted so that photo i of a batch comes out as it would with seed + i alone.
+                number = seed + k * len(filled) + i
+                latent = host.sample_latents(model, positive, negative or positive, cfg, sampler, sigmas, start, number)
+                image, rms, text = finish(window(to_signal("image", vae.decode(latent))), exact.select(i))
+                images.append(image)
+                worst, texts = max(worst, rms), [*texts, text]
+        text = "\n".join(texts)
+        host.show_text(cls, text)
+        return io.NodeOutput(torch.cat(images), worst, ui=ui.PreviewText(text))
+
+
+def widened(measurement: Measurement, ratio: int) -> tuple[Callable[[Tensor], Tensor], Measurement]:
+    """The measurement of a picture whose sides are multiples of `ratio`: the margin around the old one is free.
+
+    Returns:
+        What takes such a picture back to the old one, and the measurement.
+    """
+    channels, *size = measurement.operator.in_shape
+    wide = [-(-side // ratio) * ratio for side in size]
+    if wide == size:
+        return lambda x: x, measurement
+    corner = [(outer - inner) // 2 for outer, inner in zip(wide, size, strict=True)]
+    crop = Crop((channels, *wide), tuple(size), tuple(corner))
+    return crop.A, replace(measurement, operator=measurement.operator @ crop)
+
+
+class Uncertainty(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PosteriorUncertainty",
+            display_name="Uncertainty",
+            category=CATEGORY,
+            description="Which details are invented: the mean of several results for one photo, and how much they differ at each pixel.",
+            search_aliases=["posterior mean", "standard deviation", "statistics", "heat map", "confidence"],
+            inputs=[
+                io.Image.Input(
+                    "samples",
+                    tooltip="Results for the same photo with different seeds, as a batch; from Restore with samples > 1.",
+                ),
+                io.Int.Input(
+                    "per_photo",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of a batch with several photos: how many samples each has, one photo after the other. 0: all are of one photo.",
+                ),
+                io.Float.Input(
+                    "brightest",
+                    default=0.2,
+                    min=0.001,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Standard deviation, on the 0 to 1 scale, that is the brightest colour of the map.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "mean", tooltip="The mean of the samples: smoother than each of them, and closer to the truth on average."
+                ),
+                io.Image.Output(
+                    "map", tooltip="Standard deviation at each pixel as a heat map: black is certain, white is invented."
+                ),
+                io.Mask.Output("deviation", tooltip="The same as a mask: 0 is certain, 1 is at or above `brightest`."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, samples: Tensor, per_photo: int = 0, brightest: float = 0.2) -> io.NodeOutput:
+        count = per_photo or len(samples)
+        if count < 2 or len(samples) % count:
+            raise ValueError(
+                f"samples: got {len(samples)} pictures, expected a multiple of {max(count, 2)}. Set Restore's samples to 2 or more, or "
+                "per_photo to the number that each photo has"
+            )
+        groups = samples.double().unflatten(0, (-1, count))
+        # Over colours too: one number for each pixel.
+        deviation = groups.var(1).mean(-1).sqrt()
+        share = (deviation / brightest).clamp(0, 1).float()
+        return io.NodeOutput(groups.mean(1).float(), heat(share), share)
+
+
+def heat(share: Tensor) -> Tensor:
+    """(B, H, W) from 0 to 1 -> IMAGE from black over red and yellow to white."""
+    return torch.stack([(3 * share - k).clamp(0, 1) for k in range(3)], -1)
+
+
+NODES = [Restore, Uncertainty]
