@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 WEIGHTS = Path(__file__).with_name("avatars.safetensors")
+PIXEL_WEIGHTS = Path(__file__).with_name("pixels.safetensors")
 CHANNELS = 64
+MULTIPLIERS, PIXEL_MULTIPLIERS = (1, 2), (1, 1, 2)  # of the channels: on latents and on pixels
+PIXEL_SIDE = 32  # of the pictures that the pixel prior knows
 HEADS = 8
 WIDTHS, BLOCKS = (24, 32, 64, 64), (0, 1, 2, 3)  # of the slim TAESD, from full resolution down to 1/8
 STOCK_WIDTHS, STOCK_BLOCKS = (64, 64, 64, 64), (1, 3, 3, 3)
@@ -173,39 +176,47 @@ class Stage(nn.Sequential):
 class UNet(nn.Module):
     """Predicts eps from the variance-preserving state sqrt(a) x0 + sqrt(1 - a) eps, a = alphas_cumprod()[t]. Unconditional.
 
-    Two resolutions with one residual block each, self-attention at the lower one. Keys are those of SD1.x.
+    One residual block per resolution, self-attention at the lowest one. Keys are those of SD1.x.
 
     Args:
-        channels: at the full latent resolution; the lower one has twice as many. A multiple of 32.
+        channels: at the full resolution. A multiple of 32.
+        multipliers: of the channels, one for each resolution; each is half of the one before.
+        pixels: channels of the input and of eps: 4 for latents, 3 for RGB.
     """
 
-    def __init__(self, channels: int = CHANNELS) -> None:
+    def __init__(self, channels: int = CHANNELS, multipliers: Sequence[int] = MULTIPLIERS, pixels: int = 4) -> None:
         super().__init__()
-        c, d, e = channels, 2 * channels, 4 * channels
         self.channels = channels
-        self.time_embed = nn.Sequential(nn.Linear(c, e), nn.SiLU(), nn.Linear(e, e))
-        self.input_blocks = nn.ModuleList(
-            [
-                Stage(nn.Conv2d(4, c, 3, padding=1)),
-                Stage(ResBlock(c, c, e)),
-                Stage(Downsample(c)),
-                Stage(ResBlock(c, d, e), Transformer(d)),
-            ]
-        )
-        self.middle_block = Stage(ResBlock(d, d, e), Transformer(d), ResBlock(d, d, e))
+        e = 4 * channels
+        widths = [channels * m for m in multipliers]
+        lowest = len(widths) - 1
+        self.time_embed = nn.Sequential(nn.Linear(channels, e), nn.SiLU(), nn.Linear(e, e))
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(pixels, channels, 3, padding=1))])
+        c, skips = channels, [channels]
+        for i, d in enumerate(widths):
+            self.input_blocks.append(Stage(ResBlock(c, d, e), *([Transformer(d)] if i == lowest else [])))
+            c = d
+            skips.append(c)
+            if i < lowest:
+                self.input_blocks.append(Stage(Downsample(c)))
+                skips.append(c)
+        self.middle_block = Stage(ResBlock(c, c, e), Transformer(c), ResBlock(c, c, e))
         # Each takes what the last one gave, joined with the output of an input block, the latest first.
-        self.output_blocks = nn.ModuleList(
-            [
-                Stage(ResBlock(d + d, d, e), Transformer(d)),
-                Stage(ResBlock(d + c, d, e), Transformer(d), Upsample(d)),
-                Stage(ResBlock(d + c, c, e)),
-                Stage(ResBlock(c + c, c, e)),
-            ]
-        )
-        self.out = nn.Sequential(group_norm(c), nn.SiLU(), nn.Conv2d(c, 4, 3, padding=1))
+        self.output_blocks = nn.ModuleList()
+        for i in reversed(range(len(widths))):
+            d = widths[i]
+            for last in (False, True):
+                layers = [ResBlock(c + skips.pop(), d, e)]
+                if i == lowest:
+                    layers.append(Transformer(d))
+                if last and i > 0:
+                    layers.append(Upsample(d))
+                self.output_blocks.append(Stage(*layers))
+                c = d
+        self.out = nn.Sequential(group_norm(c), nn.SiLU(), nn.Conv2d(c, pixels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: (B, 4, h, w), h and w even; t: (B,) timesteps 0 to 999 -> eps, (B, 4, h, w)."""
+        """x: (B, pixels, h, w), h and w multiples of 2 per halving; t: (B,) timesteps 0 to 999 -> eps, as x."""
         embedding = self.time_embed(timestep_embedding(t, self.channels).to(x.dtype))
         skips = []
         for stage in self.input_blocks:
@@ -290,3 +301,12 @@ def load(path: str | Path = WEIGHTS) -> tuple[UNet, Autoencoder]:
     unet.load_state_dict({key.removeprefix("unet."): state.pop(key) for key in unet_keys}, assign=True)
     autoencoder.load_state_dict(state, assign=True)
     return unet.eval().requires_grad_(False), autoencoder.eval().requires_grad_(False)
+
+
+def load_pixels(path: str | Path = PIXEL_WEIGHTS) -> UNet:
+    """The trained UNet on pictures of 32 x 32 pixels, (B, 3, 32, 32) in [-1, 1], as `load` gives the one on latents."""
+    state = {key.removeprefix("unet."): value.float() for key, value in load_file(path).items()}
+    with torch.device("meta"):
+        unet = UNet(multipliers=PIXEL_MULTIPLIERS, pixels=3)
+    unet.load_state_dict(state, assign=True)
+    return unet.eval().requires_grad_(False)
