@@ -9,7 +9,7 @@ ifdef COMFYUI_DIR
 export PYTHONPYCACHEPREFIX := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/comfyui-posterior/pycache
 endif
 
-.PHONY: demo test serve bench checkpoint python help
+.PHONY: demo test serve bench checkpoint train-prior python help
 
 help:
 	@echo "make demo        restore the shipped pictures through the real ComfyUI; results in output/"
@@ -17,6 +17,7 @@ help:
 	@echo "make serve       open ComfyUI with the pack and its templates"
 	@echo "make bench       the benchmarks; tables in benchmarks/results/"
 	@echo "make checkpoint  write the demo prior as a stock SD 1.5 checkpoint into that ComfyUI's models"
+	@echo "make train-prior train the demo prior from nothing (hours; resumable)"
 	@echo "make -s python   print the environment's interpreter"
 
 demo:
@@ -35,6 +36,9 @@ bench:
 
 checkpoint:
 	@$(env) dev/make_checkpoint.py "$$($(setup) base)/models/checkpoints/posterior_avatars.safetensors"
+
+train-prior:
+	@$(env) -m prior.training $(ARGS) && "$$ENV_PYTHON" -m prior.training --pixel
 
 python:
 	@$(setup) python
