@@ -32,7 +32,7 @@ serve:
 # deepinv and what it imports take part in the comparison only; they are no dependency and stay outside the environment.
 bench:
 	@$(env) -m pip install --quiet --upgrade --target output/deepinv --no-deps deepinv==0.5.0 natsort==8.4.0 h5py==3.16.0 && \
-		PYTHONPATH=output/deepinv "$$ENV_PYTHON" benchmarks/operators.py
+		PYTHONPATH=output/deepinv "$$ENV_PYTHON" benchmarks/operators.py && "$$ENV_PYTHON" benchmarks/psld_cost.py
 
 checkpoint:
 	@$(env) dev/make_checkpoint.py "$$($(setup) base)/models/checkpoints/posterior_avatars.safetensors"

@@ -168,7 +168,7 @@ class SamplerCPiGDM(io.ComfyNode):
             options=["off", "k", "vp"],
             default="off",
             advanced=True,
-            tooltip="Add the network's Jacobian, at the price of a gradient through it; vp is the paper's. Without a VAE only. It did not "
+            tooltip="Add the network's Jacobian, at the price of a gradient through it; vp is the paper's. It did not "
             "help where it was measured.",
         )
         w = io.Float.Input(

@@ -1,0 +1,84 @@
+"""Restore, Uncertainty and the C-PiGDM Sampler through the real server."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from support.server_prompts import Prompt, add, inputs, keep, picture, psnr, run, shipped, titled
+
+from dev.server import PromptFailed, Server
+
+
+def restoring(**values: Any) -> Prompt:
+    """The box inpainting template with Restore in the place of its sampling nodes."""
+    prompt = shipped("inpaint_box")
+    loader = titled(prompt, "Load Demo Prior")
+    given = {"method": "C-PiGDM", "quality": "fast", "seed": 3, "cfg": 1.0, **values}
+    restore = add(
+        prompt,
+        "Restore",
+        "PosteriorRestore",
+        model=[loader, 0],
+        vae=[loader, 2],
+        positive=[titled(prompt, "Positive Prompt"), 0],
+        measurement=[titled(prompt, "Measure (simulate)"), 0],
+        **given,
+    )
+    inputs(prompt, "Result")["images"] = [restore, 0]
+    return keep(prompt, "Result", "Truth", "Hole")
+
+
+@pytest.mark.parametrize("method", ["C-PiGDM", "PSLD"])
+def test_restore_fills_the_hole_and_says_how_well_it_agrees(server: Server, method: str) -> None:
+    prompt = restoring(method=method)
+    steps = []
+    outputs = server.run(prompt, lambda message: steps.append(message) if message["type"] == "progress" else None)
+    truth, result, hole = (picture(server, outputs, prompt, title) for title in ("Truth", "Result", "Hole"))
+    kept = hole[..., 0] < 128
+    assert np.array_equal(result[kept], truth[kept])
+    grey = np.where(kept[..., None], truth, truth[kept].mean(0).round().astype(np.uint8))
+    assert psnr(result, truth) > psnr(grey, truth) + 2
+    assert re.fullmatch(r"\|A x - y\| \S+ -> 0\.0e\+00", outputs[titled(prompt, "Restore")]["text"][0])
+    assert steps[-1]["data"]["value"] == steps[-1]["data"]["max"] == {"C-PiGDM": 5, "PSLD": 20}[method]
+
+
+def test_uncertainty_is_nought_outside_the_hole(server: Server) -> None:
+    prompt = restoring(samples=3)
+    several = add(prompt, "Uncertainty", "PosteriorUncertainty", samples=[titled(prompt, "Restore"), 0])
+    add(prompt, "Map", "PreviewImage", images=[several, 1])
+    prompt = keep(prompt, "Map", "Hole")
+    outputs = server.run(prompt)
+    heat, hole = (picture(server, outputs, prompt, title) for title in ("Map", "Hole"))
+    kept = hole[..., 0] < 128
+    assert heat[kept].max() == 0
+    assert heat[~kept].mean() > 5
+
+
+def test_a_prompt_strength_without_a_negative_prompt_is_refused(server: Server) -> None:
+    with pytest.raises(PromptFailed, match=r"PosteriorRestore.*negative: not connected, but cfg is 4"):
+        server.run(restoring(cfg=4.0))
+
+
+@pytest.mark.parametrize("weight", ["dual", "bayes", "paper"])
+def test_cpigdm_sampler_in_a_graph_of_stock_nodes(server: Server, weight: str) -> None:
+    prompt = shipped("super_resolution_x8", 10)
+    values = {"dual": {"tau": 1.0}, "bayes": {"tau": 1.0, "jacobian": "off"}, "paper": {"w": 15.0, "jacobian": "off"}}[weight]
+    sampler = add(
+        prompt,
+        "C-PiGDM",
+        "PosteriorSamplerCPiGDM",
+        measurement=[titled(prompt, "Measure (simulate)"), 0],
+        vae=[titled(prompt, "Load Demo Prior"), 2],
+        consistency="encoder" if weight == "bayes" else "decoder",
+        inner_steps=3,
+        last_steps=10,
+        eta=0.0,
+        weight=weight,
+        **{f"weight.{name}": value for name, value in values.items()},
+    )
+    inputs(prompt, "Sample")["sampler"] = [sampler, 0]
+    truth = picture(server, server.run(keep(prompt, "Truth")), prompt, "Truth")
+    result = run(server, keep(prompt, "Result"))
+    blocks = truth.reshape(16, 8, 16, 8, 3).mean((1, 3)).repeat(8, 0).repeat(8, 1)
+    assert psnr(result, truth) > psnr(blocks, truth) + (1 if weight == "paper" else 2)
