@@ -7,8 +7,8 @@ that are there are not computed again: stop it and go on whenever you like, in t
 cores. `--table` only writes results/quality.md from the rows.
 
 Every method ends as a user's graph does, with the Finish node's `enforce_consistency`. PSNR, SSIM and "features" (root mean square
-distance between the encoder's latents of result and truth, in units of the latents' standard deviation: a stand-in for a perceptual
-distance, from this project's own autoencoder) compare that finished picture with the truth; "residual" is ||A x - y|| / (sigma sqrt(m)) *before* it,
+distance between the encoder's latents of result and truth, scaled latents of about unit variance: a stand-in for a perceptual distance,
+from this project's own autoencoder) compare that finished picture with the truth; "residual" is ||A x - y|| / (sigma sqrt(m)) *before* it,
 so that 1 is right and what the sampler itself reached can be seen. Seconds are CPU time for each picture.
 """
 
@@ -120,7 +120,7 @@ class Prior:
         return torch.stack(noise) * (1 + level**2) ** 0.5
 
     def sigmas(self, calls: int) -> Tensor:
-        """Timesteps evenly spaced, as ComfyUI's ddim_uniform and the papers have them."""
+        """Timesteps evenly spaced from the noisiest to the cleanest, as the papers have them."""
         steps = torch.linspace(999, 0, calls).round().long()
         return torch.cat([networks.noise_levels().float()[steps], torch.zeros(1)])
 
@@ -231,7 +231,7 @@ def rows(prior: Prior, split: str, task: str, sigma: float, name: str, first: in
     residual = measurement.residual_norm(x) / entries**0.5 / (measurement.sigma or 2)
     with torch.no_grad():
         a, b = (prior.autoencoder.encode(v) for v in (finished, truth))
-    features = ((a - b).square().mean((1, 2, 3)) / b.var()).sqrt()
+    features = (a - b).square().mean((1, 2, 3)).sqrt()
     hole = psnr(finished, truth, 1 - kept[:, :1]) if kept is not None else [float("nan")] * count
     whole = psnr(finished, truth)
     for i in range(count):

@@ -85,7 +85,13 @@ class MemoryEstimate(io.ComfyNode):
     ) -> tuple[int, int, int, int]:
         if measurement is not None:
             in_shape = measurement.operator.in_shape
-            return (len(measurement.y), *(in_shape if vae is None else host.latent_size(vae, in_shape)))
+            if vae is None:
+                return (len(measurement.y), *in_shape)
+            ratio = host.latent_ratio(vae)  # sides that are no multiples of it are widened by Restore
+            return (
+                len(measurement.y),
+                *host.latent_size(vae, (in_shape[0], *(-(-side // ratio) * ratio for side in in_shape[1:]))),
+            )
         if latent is None:
             raise ValueError("measurement: is not connected, and neither is latent; one of them must give the size")
         if latent["samples"].ndim != 4:

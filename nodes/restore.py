@@ -24,6 +24,9 @@ SOLVERS = {
 }
 
 
+NEXT_SAMPLE = 1_000_003  # from the seed of a photo's sample to the next one's
+
+
 class Restore(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -58,7 +61,7 @@ class Restore(io.ComfyNode):
                     options=list(CALLS),
                     default="C-PiGDM",
                     tooltip="C-PiGDM: 5 to 20 network calls without a gradient through the network. PSLD: a gradient through the network at "
-                    "each of 20 to 100 calls, smoother results, more memory.",
+                    "each of 20 to 100 calls, more memory.",
                 ),
                 io.Combo.Input(
                     "quality",
@@ -72,7 +75,7 @@ class Restore(io.ComfyNode):
                     min=0,
                     max=2**63 - 1,
                     control_after_generate=True,
-                    tooltip="Seed of the first picture; the next ones count up. Another seed is another picture that agrees with the photo.",
+                    tooltip="Seed of the first photo; those of the next ones count up. Another seed is another picture that agrees with the photo.",
                 ),
                 io.Float.Input(
                     "cfg",
@@ -138,17 +141,20 @@ class Restore(io.ComfyNode):
         filled = to_image(fill_unseen(wide)).clamp(0, 1)
         sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler)
         solve, options = SOLVERS[method]
-        run = {"memory": memory, "check_gradients": check_gradients, "unique_id": host.node_id(cls)}
+        run = {"memory": memory, "unique_id": host.node_id(cls)}
         images, worst, texts = [], 0.0, []
         # One picture at a time: it takes the memory of one, and comes out the same to the bit in any batch.
         for i in range(len(filled)):
             start = vae.encode(filled[i : i + 1])
-            sampler = host.stock_sampler(solve, wide.select(i).to(torch.float32), vae, **run, **options)
             for k in range(samples):
-                # Counted so that photo i of a batch comes out as it would with seed + i alone.
-                number = seed + k * len(filled) + i
+                check = check_gradients and i == k == 0
+                sampler = host.stock_sampler(
+                    solve, wide.select(i).to(torch.float32), vae, check_gradients=check, **run, **options
+                )
+                # Photo i of a batch comes out as it would with seed + i alone.
+                number = (seed + i + k * NEXT_SAMPLE) % 2**63
                 latent = host.sample_latents(model, positive, negative or positive, cfg, sampler, sigmas, start, number)
-                image, rms, text = finish(window(to_signal("image", vae.decode(latent))), exact.select(i))
+                image, rms, text = finish(window(to_signal("vae: the decoded picture", vae.decode(latent))), exact.select(i))
                 images.append(image)
                 worst, texts = max(worst, rms), [*texts, text]
         text = "\n".join(texts)

@@ -168,7 +168,7 @@ class SamplerCPiGDM(io.ComfyNode):
             options=["off", "k", "vp"],
             default="off",
             advanced=True,
-            tooltip="Add the network's Jacobian, at the price of a gradient through it; vp is the paper's. It did not "
+            tooltip="Add the network's Jacobian, at the price of a gradient through it; vp is the paper's. Only without a VAE. It did not "
             "help where it was measured.",
         )
         w = io.Float.Input(
@@ -263,6 +263,8 @@ class SamplerCPiGDM(io.ComfyNode):
         options = {"consistency": consistency, "inner_steps": inner_steps, "last_steps": last_steps, "eta": eta, **weight}
         if vae is not None:
             host.latent_size(vae, measurement.operator.in_shape)
+            if weight.get("jacobian", "off") != "off":
+                raise ValueError("jacobian: works without a VAE only, for models of pixels; set it to off")
         run = {"memory": memory, "check_gradients": check_gradients, "unique_id": host.node_id(cls)}
         return io.NodeOutput(host.stock_sampler(sample_cpigdm, measurement, vae, **run, **options))
 

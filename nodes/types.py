@@ -46,7 +46,8 @@ class OperatorRecipe:
 def to_signal(name: str, image: Tensor) -> Tensor:
     """IMAGE (B, H, W, C) in [0, 1] -> (B, 3, H, W) in [-1, 1].
 
-    In float64, where 2 x - 1 loses nothing: a kept pixel comes back bit-exact.
+    In float64, where 2 x - 1 loses nothing: a kept pixel comes back bit-exact. On the CPU, as measurements are; with --gpu-only
+    pictures come from elsewhere.
     """
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
         raise ValueError(
@@ -60,7 +61,7 @@ def to_signal(name: str, image: Tensor) -> Tensor:
             "Split Image with Alpha"
         )
     image = image.expand(*image.shape[:-1], 3) if image.shape[-1] == 1 else image
-    return image.movedim(-1, 1).double() * 2 - 1
+    return image.cpu().movedim(-1, 1).double() * 2 - 1
 
 
 def to_image(signal: Tensor) -> Tensor:

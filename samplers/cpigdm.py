@@ -70,7 +70,7 @@ def sample_cpigdm(
         weight: "dual", see `Dual`; "bayes", Omega = s^2 / (s^2 r^2 + noise^2); "paper", Omega = w rho / (1 + sigma^2).
         w: strength of the paper's weight, >= 0.
         tau: standard deviation of the prior around its mean, in units of the state. Default 1; for "bayes" in pixels sqrt(0.1).
-        reach: "dual" moves the network's input by at most reach * sigma (rms). Default 2 in pixels, 0.3 in latents.
+        reach: "dual" moves the network's input by at most reach * sigma (rms). Default 2 in pixels, 0.5 in latents.
         eta: 0 is DDIM, 1 is DDPM noise.
         consistency: for latents: "decoder" moves x0 by gradients through the decoder, "encoder" by decoding, correcting the
             picture and encoding, in less memory.
@@ -102,7 +102,7 @@ def sample_cpigdm(
     else:
         space = NoisyPixels(measurement) if measurement.sigma > 0 else ExactPixels(measurement)
     if weight == "dual":
-        method: Dual | Guidance = Dual(space, tau or 1.0, reach or (2.0 if pixels else 0.3))
+        method: Dual | Guidance = Dual(space, tau or 1.0, reach or (2.0 if pixels else 0.5))
     else:
         chosen = Paper(w, space.noise) if weight == "paper" else Bayes(tau or (0.1**0.5 if pixels else 1.0), space.noise)
         method = Guidance(space, chosen, jacobian, integrator, lam)

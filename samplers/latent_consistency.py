@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .pixels import ROUNDING
-from .steps import Autoencoder, per_image
+from .steps import Autoencoder, per_image, vjp
 
 
 def measured_entries(measurement: Any) -> Tensor:
@@ -46,7 +46,7 @@ def match_by_decoder(
             seen = operator.A(decode(z))
             residual = (y - seen).detach()
             fit = residual.flatten(1).norm(dim=1) if fit is None else fit
-            (descent,) = torch.autograd.grad(seen, z, residual)
+            descent = vjp(seen, z, residual)
         with torch.no_grad():
             z, seen = z.detach(), seen.detach()
             # Polak and Ribiere's choice, which starts anew where the decoder's curvature has spoilt the old direction.

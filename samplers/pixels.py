@@ -22,7 +22,8 @@ def fill_unseen(measurement: Any) -> Tensor:
         (B, C, H, W), in [-1, 1] units.
     """
     operator, y = measurement.operator, measurement.y
-    total, weight = (operator.A_adjoint(v).sum((2, 3), keepdim=True) for v in (y, torch.ones_like(y)))
+    ones = torch.ones((len(y), *operator.in_shape), dtype=y.dtype, device=y.device)
+    total, weight = (operator.A_adjoint(v).sum((2, 3), keepdim=True) for v in (y, operator.A(ones)))
     mean = total / torch.where(weight == 0, 1.0, weight)
     even = mean.expand(-1, *operator.in_shape).contiguous()
     return operator.prox_l2(even, y, 1 / max(measurement.sigma, ROUNDING) ** 2)
@@ -38,25 +39,25 @@ def enforce_consistency(x: Tensor, measurement: Any, error: float, sweeps: int =
 
     Args:
         x: (B, C, H, W) in [-1, 1].
-        measurement: `y`, `operator`, `sigma`.
+        measurement: `y` (1 or B, c, h, w), `operator`, `sigma`.
         error: expected standard deviation of x around the truth, in [-1, 1] units; used only when sigma > 0.
         sweeps: at most this many rounds of alternating projections.
 
     Raises:
         ValueError: noise-free, and meeting y exactly would amplify the rounding of an 8-bit photo into the picture.
     """
-    operator, y = measurement.operator, measurement.y
+    operator, y = measurement.operator, measurement.y.expand(len(x), -1, -1, -1)
     if measurement.sigma > 0:
         return operator.prox_l2(x, y, (error / measurement.sigma) ** 2)
     exact = x + operator.A_dagger(y - operator.A(x))
     # A blur's inverse has gains of up to 1e6: a y that was rounded to 8 bits then moves x by far more than it would if the
     # rounding were taken into account.
     careful = operator.prox_l2(x, y, (0.1 / ROUNDING) ** 2)
-    moved, due = (float((v - x).square().mean().sqrt()) for v in (exact, careful))
-    if moved > max(0.05, 4 * due):
+    moved, due = ((v - x).square().mean((1, 2, 3)).sqrt() for v in (exact, careful))
+    if bool((moved > (4 * due).clamp(min=0.05)).any()):
         raise ValueError(
             "measurement: a photo cannot be met exactly through this operator, whose inverse amplifies rounding errors to "
-            f"{moved / 2:.2g} on the 0 to 1 scale. Give it a sigma above 0; 0.002 stands for the rounding of 8 bits"
+            f"{float(moved.max()) / 2:.2g} on the 0 to 1 scale. Give it a sigma above 0; 0.002 stands for the rounding of 8 bits"
         )
     x = exact
     for _ in range(sweeps):
@@ -71,7 +72,7 @@ def feather_holes(x: Tensor, agreed: Tensor, keep: Tensor, width: float) -> Tens
     """Let what a correction changed next to a hole fade out into the hole; kept pixels stay as they are.
 
     The change agreed - x of kept pixels is carried into the hole as its Gaussian-weighted mean, times twice the weight that kept
-    pixels have there (1 at a straight edge), at most 1.
+    pixels have there (1 at a straight edge), at most 1. Holes are clamped to [-1, 1]: nothing there was measured.
 
     Args:
         x, agreed: (B, C, H, W), before and after the correction.
@@ -91,4 +92,4 @@ def feather_holes(x: Tensor, agreed: Tensor, keep: Tensor, width: float) -> Tens
 
     weight = smooth(keep)
     change = smooth(keep * (agreed - x)) / weight.clamp(min=1e-12)
-    return torch.where(keep > 0, agreed, agreed + (2 * weight).clamp(max=1) * change)
+    return torch.where(keep > 0, agreed, (agreed + (2 * weight).clamp(max=1) * change).clamp(-1, 1))

@@ -25,7 +25,7 @@ class State:
         """The host's noise levels -> sigma, finite."""
         if not self.flow:
             return sigmas
-        s = sigmas.double().clamp(max=self.LAST_S)
+        s = sigmas.cpu().double().clamp(max=self.LAST_S)  # not every device has float64
         return (s / (1 - s)).to(sigmas)
 
     def sigma_from_k(self, sigma: Tensor) -> Tensor:

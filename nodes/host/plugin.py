@@ -90,6 +90,8 @@ def run_on_host(
         sigmas_k = state.sigmas_to_k(normal_tensors(sigmas))
         start = state.to_k(normal_tensors(x), sigmas_k[0])
         measurement = measurement.to(x.device, torch.float32, copy=True)
+        # One photo for several latents: several samples of it.
+        measurement = dataclasses.replace(measurement, y=measurement.y.expand(len(x), -1, -1, -1).contiguous())
         stop_when_interrupted(measurement.operator)
         codec = None
         if loaded.vae is not None:

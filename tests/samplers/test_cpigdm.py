@@ -3,13 +3,16 @@
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
 from support.analytic import GaussianMixture
+from support.mixture import Mixture, energy_distance, karras
 from torch import Tensor
 
 from operators import AreaDownscale, Blur, Dense, Mask, Measurement, gaussian_kernel
@@ -17,6 +20,7 @@ from samplers import fill_unseen, sample_cpigdm
 from samplers.weights import Bayes, Paper, over_compensated, psi, pull, vp_time
 
 F64 = torch.float64
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
 
 def generator(seed: int) -> torch.Generator:
@@ -156,11 +160,6 @@ def test_time_of_the_papers_process() -> None:
 # The sampler against exact posteriors ----------------------------------------------------------------------------------------
 
 
-def karras(n: int, high: float, low: float = 0.02) -> Tensor:
-    ramp = torch.linspace(high ** (1 / 7), low ** (1 / 7), n, dtype=F64)
-    return torch.cat([ramp**7, torch.zeros(1, dtype=F64)])
-
-
 def gaussian(mean: Tensor, variance: float) -> Callable[..., Tensor]:
     """The denoiser of N(mean, variance I)."""
 
@@ -181,7 +180,7 @@ def test_mean_and_covariance_of_a_gaussian_posterior(noise: float) -> None:
     operator = Dense(MATRIX, SHAPE, (1, 1, 6))
     mean = torch.randn(1, *SHAPE, dtype=F64, generator=generator(4))
     y = operator.A(mean) + torch.randn(1, 1, 1, 6, dtype=F64, generator=generator(5))
-    n, many = 200, 4000
+    n, many = 100, 2000
     gain = MATRIX.T @ torch.linalg.inv(MATRIX @ MATRIX.T + noise**2 * torch.eye(6, dtype=F64))
     expected_mean = mean.flatten() + gain @ (y.flatten() - MATRIX @ mean.flatten())
     expected_cov = torch.eye(16, dtype=F64) - gain @ MATRIX
@@ -207,6 +206,31 @@ def test_noise_free_gaussian_is_exact_in_two_steps_on_what_is_seen() -> None:
         gain = covariance * MATRIX.T @ torch.linalg.inv(covariance * MATRIX @ MATRIX.T + noise**2 * torch.eye(6, dtype=F64))
         given_x = x.flatten() / (9 + 1)
         torch.testing.assert_close(out.flatten(), given_x + gain @ (y.flatten() - MATRIX @ given_x))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_modes_of_a_mixture(noise: float) -> None:
+    """Ten calls find the mode that the measurement decides, where the weights without memory miss it.
+
+    The mixture of the golden vectors: its modes differ in patterns that block means do not show. Energy distance to the exact
+    posterior, mean over 6 truths; benchmarks/posterior.py has the table.
+    """
+    with np.load(GOLDEN / "prior_gmm.npz") as file:
+        prior = Mixture(*(torch.from_numpy(file[key]) for key in ("pi", "mu", "s2", "U", "g")))
+    operator = AreaDownscale((3, 8, 8), 4)
+    matrix = operator.A(torch.eye(192, dtype=F64).reshape(-1, 3, 8, 8)).flatten(1).T
+    truths = prior.sample(6, generator(100)).reshape(-1, 3, 8, 8)
+    y = operator.A(truths) + noise * torch.randn(6, 3, 2, 2, generator=generator(101), dtype=F64)
+    measurement = Measurement(y.repeat_interleave(32, 0), operator, noise)
+    x = fill_unseen(measurement) + 5 * torch.randn(192, 3, 8, 8, generator=generator(102), dtype=F64)
+    exact = [prior.posterior(matrix, v.flatten(), noise).sample(512, generator(200 + i)) for i, v in enumerate(y)]
+
+    def score(**options: Any) -> float:
+        out = sample_cpigdm(prior.denoise, x, karras(10, 5.0, 0.05), measurement=measurement, **options).flatten(1).split(32)
+        return sum(energy_distance(a, b) for a, b in zip(out, exact, strict=True)) / 6
+
+    assert score(eta=1.0) < 0.3
+    assert score(weight="bayes") > 0.6
 
 
 # What every setting promises -------------------------------------------------------------------------------------------------
@@ -438,7 +462,7 @@ def latent_run(toy: Toy, noise: float, images: int = 4, calls: int = 10, first: 
 
 
 @pytest.mark.parametrize("bent", [False, True])
-@pytest.mark.parametrize("options", [{}, {"weight": "bayes"}, {"eta": 1.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"weight": "bayes"}], ids=str)
 @pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
 def test_final_residual_is_that_of_the_noise(bent: bool, options: dict[str, Any], noise: float) -> None:
     """The discrepancy principle: within 0.9 to 1.1 sigma sqrt(m)."""
@@ -473,6 +497,6 @@ def test_encoder_consistency_needs_no_gradient() -> None:
             assert not image.requires_grad
             return super().encode(image)
 
-    out = latent_run(NoGraph(False), 0.0, consistency="encoder")
+    out = latent_run(NoGraph(False), 0.0, consistency="encoder", last_steps=30)
     free = latent_run(NoGraph(False), 0.0, consistency="encoder", weight="paper", w=0.0)
     assert float(out.residual.max()) < 0.1 * float(free.residual.min())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from operators import AreaDownscale, Blur, Grayscale, Identity, Mask, Measurement, gaussian_kernel
+from operators import AreaDownscale, Blur, Grayscale, Identity, Mask, Measurement, Scale, Stack, gaussian_kernel
 from samplers import enforce_consistency, feather_holes, fill_unseen
 
 
@@ -131,3 +131,24 @@ def test_feather_changes_nothing_where_nothing_was_corrected() -> None:
     keep = (torch.rand(1, 1, 20, 20, generator=torch.Generator().manual_seed(1)) < 0.5).double()
     x = torch.rand(1, 3, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     assert torch.equal(feather_holes(x, x, keep, 3.0), x)
+
+
+def test_several_pictures_of_one_photo_each_agree() -> None:
+    operator = AreaDownscale((3, 12, 8), 4)
+    truth = torch.rand(1, 3, 12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 0.5
+    x = torch.rand(3, 3, 12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) - 0.5
+    for sigma in (0.0, 0.1):
+        together = enforce_consistency(x, Measurement(operator.A(truth), operator, sigma), 0.1)
+        for i in range(3):
+            one = enforce_consistency(x[i : i + 1], Measurement(operator.A(truth), operator, sigma), 0.1)
+            torch.testing.assert_close(together[i : i + 1], one, rtol=0, atol=1e-12)
+
+
+def test_fill_takes_the_gain_of_a_measurement_into_account() -> None:
+    """Two photos of an even picture, one of them scaled: the hole gets the picture's value."""
+    keep = torch.ones(1, 1, 8, 8)
+    keep[..., 2:6, 2:6] = 0
+    mask = Mask(keep)
+    stack = Stack([mask, Scale((3, 8, 8), 0.2) @ mask])
+    x = torch.full((1, 3, 8, 8), 0.8, dtype=torch.float64)
+    torch.testing.assert_close(fill_unseen(Measurement(stack.A(x), stack, 0.05)), x, rtol=0, atol=1e-6)

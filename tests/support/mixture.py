@@ -46,7 +46,7 @@ class Mixture:
         u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
         seen = s > 1e-6 * s[0]
         vt, z, spread = vt[seen], (u.T @ y)[seen] / s[seen], torch.diag((noise / s[seen]) ** 2)
-        weights, means, roots = [], [], []
+        weights, means, covariances = [], [], []
         for pi, mu, covariance in zip(self.pi, self.mu, self.covariance, strict=True):
             evidence = torch.linalg.cholesky(vt @ covariance @ vt.T + spread)
             gain = torch.cholesky_solve(vt @ covariance, evidence).T
@@ -54,9 +54,11 @@ class Mixture:
             white = torch.linalg.solve_triangular(evidence, miss[:, None], upper=False)
             weights.append(pi.log() - white.square().sum() / 2 - evidence.diagonal().log().sum())
             means.append(mu + gain @ miss)
-            values, vectors = torch.linalg.eigh(covariance - gain @ vt @ covariance)
-            roots.append(vectors * values.clamp(min=0).sqrt())
-        return Posterior(torch.stack(weights).softmax(0), torch.stack(means), torch.stack(roots))
+            covariances.append(covariance - gain @ vt @ covariance)
+        share = torch.stack(weights).softmax(0)
+        alive = share > 1e-12  # most modes are ruled out
+        values, vectors = torch.linalg.eigh(torch.stack(covariances)[alive])
+        return Posterior(share[alive], torch.stack(means)[alive], vectors * values.clamp(min=0).sqrt()[:, None])
 
 
 class Posterior:
