@@ -14,7 +14,7 @@ endif
 help:
 	@echo "make demo        restore the shipped pictures through the real ComfyUI; results in output/"
 	@echo "make test        the whole suite against the real ComfyUI"
-	@echo "make serve       open ComfyUI with the pack and its templates"
+	@echo "make serve       start ComfyUI with the pack and its templates"
 	@echo "make bench       the benchmarks; tables in benchmarks/results/"
 	@echo "make checkpoint  write the demo prior as a stock SD 1.5 checkpoint into that ComfyUI's models"
 	@echo "make train-prior train the demo prior from nothing (hours; resumable)"

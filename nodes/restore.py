@@ -225,11 +225,10 @@ class Uncertainty(io.ComfyNode):
     @classmethod
     def execute(cls, samples: Tensor, per_photo: int = 0, brightest: float = 0.2) -> io.NodeOutput:
         count = per_photo or len(samples)
-        if count < 2 or len(samples) % count:
-            raise ValueError(
-                f"samples: got {len(samples)} pictures, expected a multiple of {max(count, 2)}. Set Restore's samples to 2 or more, or "
-                "per_photo to the number that each photo has"
-            )
+        if count < 2:
+            raise ValueError("samples: got one for each photo, but a map needs at least 2; set Restore's samples to 2 or more")
+        if len(samples) % count:
+            raise ValueError(f"samples: got {len(samples)} pictures, expected a multiple of per_photo, {count}")
         groups = samples.double().unflatten(0, (-1, count))
         # Over colours too: one number for each pixel.
         deviation = groups.var(1).mean(-1).sqrt()

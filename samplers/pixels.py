@@ -57,7 +57,7 @@ def enforce_consistency(x: Tensor, measurement: Any, error: float, sweeps: int =
     if bool((moved > (4 * due).clamp(min=0.05)).any()):
         raise ValueError(
             "measurement: a photo cannot be met exactly through this operator, whose inverse amplifies rounding errors to "
-            f"{float(moved.max()) / 2:.2g} on the 0 to 1 scale. Give it a sigma above 0; 0.002 stands for the rounding of 8 bits"
+            f"{float(moved.max()) / 2:.2g} on the 0 to 1 scale. Give the measurement (not the blur) a sigma above 0; 0.002 stands for the rounding of 8 bits"
         )
     x = exact
     for _ in range(sweeps):

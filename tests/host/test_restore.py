@@ -106,7 +106,7 @@ def test_uncertainty_is_the_standard_deviation_and_counts_its_samples(demo: Demo
     torch.testing.assert_close(mean[0], samples.mean(0))
     assert abs(float(deviation.mean()) - 0.25) < 0.01  # 0.05 of 0.2
     assert heat.shape == (1, 6, 5, 3)
-    with pytest.raises(ValueError, match="got 1 pictures, expected a multiple of 2"):
+    with pytest.raises(ValueError, match="samples: got one for each photo, but a map needs at least 2"):
         run(samples[:1])
-    with pytest.raises(ValueError, match="got 200 pictures, expected a multiple of 3"):
+    with pytest.raises(ValueError, match="samples: got 200 pictures, expected a multiple of per_photo, 3"):
         run(samples, 3)
