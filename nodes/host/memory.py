@@ -315,7 +315,8 @@ def _skeleton(module: nn.Module, device: torch.device) -> nn.Module:
         return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
     twin = object.__new__(type(module))
-    twin.__dict__ = dict(module.__dict__)
+    # A method that somebody hung on the instance would run the real network.
+    twin.__dict__ = {name: value for name, value in module.__dict__.items() if getattr(value, "__self__", None) is not module}
     # Not what is hung on the real layers: their weights' places in memory and patches, hooks, and others' `forward`.
     twin.__dict__ |= {name: type(value)() for name, value in twin.__dict__.items() if name.endswith("_hooks")}
     twin.__dict__ |= {name: [] for name in ("weight_function", "bias_function") if name in twin.__dict__}

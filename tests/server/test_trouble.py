@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.server_prompts import SHORT, WORKFLOWS, Prompt, add, inputs, keep, run, shipped, titled
+from support.server_prompts import SHORT, WORKFLOWS, Prompt, add, inputs, keep, paper_rule, run, shipped, titled
 
 from dev.server import PromptFailed, Server
 
@@ -40,15 +40,6 @@ def mask_pattern(prompt: Prompt, width: int = 128, value: float = 0.0) -> str:
     operator = prompt[titled(prompt, "Operator")]
     operator["inputs"] = {"pattern": "mask", "pattern.mask": [mask, 0], "pattern.threshold": 0.5}
     return mask
-
-
-def paper_rule(prompt: Prompt, **values: Any) -> None:
-    """The step lengths of the paper, which have more knobs to get wrong."""
-    sampler = inputs(prompt, "PSLD Sampler")
-    for name in [key for key in sampler if key.startswith("rule")]:
-        del sampler[name]
-    rule = {"omega": 1.0, "gamma": 0.1, "eta": 0.0, "glue": "pinv", **values}
-    sampler.update({"rule": "paper", **{f"rule.{name}": value for name, value in rule.items()}})
 
 
 def both_weights_zero(prompt: Prompt) -> None:

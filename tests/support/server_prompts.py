@@ -44,6 +44,15 @@ def add(prompt: Prompt, title: str, class_type: str, **values: Any) -> str:
     return key
 
 
+def paper_rule(prompt: Prompt, **values: Any) -> None:
+    """The step lengths of the paper, which have more knobs to get wrong."""
+    sampler = inputs(prompt, "PSLD Sampler")
+    for name in [key for key in sampler if key.startswith("rule")]:
+        del sampler[name]
+    rule = {"omega": 1.0, "gamma": 0.1, "eta": 0.0, "glue": "pinv", **values}
+    sampler.update({"rule": "paper", **{f"rule.{name}": value for name, value in rule.items()}})
+
+
 def relink(prompt: Prompt, old: str, new: str, slots: tuple[int, ...] = (0, 1, 2)) -> None:
     """Take these outputs of the node `old` from the node `new`."""
     for node in prompt.values():
