@@ -56,8 +56,8 @@ class Paper:
         values = values.clamp(min=SMALLEST)
         total = values + n
         # (w/2) [ln(1 + q) - k/(1 + k) log1p((1 + 1/k) q)] from r to q, arranged so that it can be divided by l = 0.
-        high, low = (torch.log1p(values / n * v / (1 + v)) / values for v in (q, r))
-        return self.w / 2 * (torch.log((n + total * q) / (n + total * r)) / total - (high - low))
+        ratio, rise = (n + total * q) / (n + total * r), (q - r) / ((1 + q) * (1 + r))
+        return self.w / 2 * (torch.log(ratio) / total - torch.log1p(values * rise / (n + values * r / (1 + r))) / values)
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,11 @@ def over_compensated(weight: Weight, sigma: Tensor, sigma_next: Tensor, lam: flo
         theta = torch.exp(-values * weight.decay_rate(values.clamp(min=SMALLEST), sigma, sigma_next))
         return (1 - step) * step.exp() * torch.where(values > 0, theta, 1.0)
 
-    def omega(values: Tensor, s: Tensor) -> Tensor:
-        return torch.where(values > 0, values * weight.omega_rate(values.clamp(min=SMALLEST), s), 0.0)
+    def rate(values: Tensor, s: Tensor) -> Tensor:
+        return weight.omega_rate(values.clamp(min=SMALLEST), s)
 
-    b = _integral(weight, sigma, sigma_next, lam, lambda values, s: 1 - s**2 * omega(values, s))
-    c = _integral(weight, sigma, sigma_next, lam, lambda values, s: -s * weight.omega_rate(values.clamp(min=SMALLEST), s))
+    b = _integral(weight, sigma, sigma_next, lam, lambda values, s: 1 - s**2 * values * rate(values, s))
+    c = _integral(weight, sigma, sigma_next, lam, lambda values, s: -s * rate(values, s))
     return Coefficients(a, b, c)
 
 
@@ -162,11 +162,13 @@ def _integral(
     factors = -(sigma - sigma_next) * 4 * nodes**3 * weights * growth
 
     def function(values: Tensor) -> Tensor:
-        total = torch.zeros_like(values)
+        seen = values.clamp(min=SMALLEST)
+        total, unseen = torch.zeros_like(values), values.new_zeros(())
         for node, factor in zip(s, factors, strict=True):  # one at a time: a spectrum may be large
-            rate = weight.decay_rate(values.clamp(min=SMALLEST), node, sigma_next)
-            total = total + factor * torch.where(values > 0, torch.exp(-values * rate), 1.0) * f(values, node)
-        return total
+            decay = weight.decay_rate(seen, node, sigma_next) * seen
+            total += decay.neg_().exp_() * (factor * f(seen, node))
+            unseen = unseen + factor * f(torch.zeros_like(unseen), node)
+        return torch.where(values > 0, total, unseen)
 
     return function
 
