@@ -82,7 +82,9 @@ def fft_pair(x: Tensor) -> Tensor:
 def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callable[[], object]]]:
     """Name -> (operator, floors and plain forms of its methods, what the floor is, deepinv's operator)."""
     shape = (3, n, n)
+    # As with our own forms, one picture for A and another for the two ways back: how warm the caches are counts here.
     x, small, gray = torch.randn(1, *shape), torch.randn(1, 3, n // 4, n // 4), torch.randn(1, 1, n, n)
+    y, two_planes = torch.randn(1, *shape), torch.randn(1, 2, n, n)
     keep, keep_small = random_mask(shape, 0.5), random_mask((3, n // 4, n // 4), 0.5)
     kernel, size = gaussian_kernel(3.0, 61), {256: 320, 512: 576}[n]
     padded = torch.randn(1, 3, size, size)
@@ -105,7 +107,9 @@ def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callab
             Mask(keep),
             {
                 **{f"floor {method}": mask_bytes.clone for method in METHODS},
-                **{f"plain {method}": lambda: x * keep for method in METHODS},
+                "plain A": lambda: x * keep,
+                "plain A_adjoint": lambda: y * keep,
+                "plain A_dagger": lambda: y * keep,
             },
             "copy of as many bytes",
             lambda: physics("Inpainting", shape, mask=keep[0].expand(3, -1, -1)),
@@ -139,7 +143,7 @@ def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callab
         "grayscale": (
             Grayscale(shape),
             {
-                **{f"floor {method}": lambda: x[:, :2].clone() for method in METHODS},
+                **{f"floor {method}": two_planes.clone for method in METHODS},
                 "plain A": lambda: conv2d(x, weights[None]),
                 "plain A_adjoint": lambda: gray * weights,
                 "plain A_dagger": lambda: gray * weights,
@@ -151,7 +155,9 @@ def rows(n: int) -> dict[str, tuple[LinearOperator, dict[str, Call], str, Callab
             Blur(kernel, shape),
             {
                 **{f"floor {method}": lambda: fft_pair(x) for method in METHODS},
-                **{f"plain {method}": lambda: torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=(n, n)) for method in METHODS},
+                "plain A": lambda: torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=(n, n)),
+                "plain A_adjoint": lambda: torch.fft.irfft2(torch.fft.rfft2(y) * transfer, s=(n, n)),
+                "plain A_dagger": lambda: torch.fft.irfft2(torch.fft.rfft2(y) * transfer, s=(n, n)),
             },
             "rfft2 + irfft2",
             lambda: physics("BlurFFT", shape, filter=taps),

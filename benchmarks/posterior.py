@@ -1,20 +1,29 @@
 """How near few-call samplers come to the exact posterior, where it is known.
 
-    python benchmarks/posterior.py
+    python benchmarks/posterior.py [--sections methods,latents] [--table]
 
 The prior is a mixture of 8 Gaussians on 3x8x8 pictures (tests/golden/prior_gmm.npz) whose modes differ in patterns that the
 measurement does not show; its denoiser is exact, so that all error is the sampler's. Score: the energy distance between 256
 samples (64 at 100 steps) and 1024 of the exact posterior (0 is perfect; unbiased, so that it may be negative), mean and standard
-error over 12 truths drawn from the prior. All samples of a cell run as one batch; everything is seeded. About ten minutes.
-Prints markdown tables and writes them to results/posterior.md.
+error over 12 truths drawn from the prior. All samples of a cell run as one batch; everything is seeded.
+
+Each cell is one row of results/posterior.csv, and rows that are there are not computed again: stop it and go on whenever you like,
+and delete the rows that a change of the samplers makes out of date. Writes the tables to results/posterior.md.
 """
 
+import argparse
+import csv
+import dataclasses
+import functools
 import math
+import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
@@ -31,9 +40,12 @@ from operators.separable import Separable, convolution_matrix  # noqa: E402
 from samplers import fill_unseen, sample_cpigdm, sample_psld  # noqa: E402
 from samplers.latent_consistency import measured_entries  # noqa: E402
 
+RESULTS = ROOT / "benchmarks" / "results"
+ROWS = RESULTS / "posterior.csv"
+FIELDS = ["section", "problem", "noise", "method", "steps", "values", "seconds"]
 TRUTHS, EXACT = 12, 1024
 SHAPE = (3, 8, 8)
-CALLS = (5, 10, 20, 100)
+CALLS, FEW = (5, 10, 20, 100), (5, 10, 20)
 NOISES = (0.0, 0.1)
 Sampler = Callable[["Problem", int], Tensor]
 
@@ -96,9 +108,10 @@ class Problem:
     def start(self, sigma: float | Tensor) -> Tensor:
         return self.fill + sigma * self.eps
 
-    def score(self, x: Tensor) -> tuple[float, float]:
+    def score(self, x: Tensor) -> list[float]:
+        """The energy distance of each truth's samples to the exact ones."""
         parts = x.flatten(1).split(self.samples)
-        return mean_and_error([energy_distance(a, b) for a, b in zip(parts, self.exact, strict=True)])
+        return [energy_distance(a, b) for a, b in zip(parts, self.exact, strict=True)]
 
 
 # Methods -----------------------------------------------------------------------------------------------------------------
@@ -127,6 +140,7 @@ def dps(problem: Problem, n: int) -> Tensor:
     return sample_psld(denoise, 10 * problem.eps, karras(n, 10.0, 0.02), measurement=problem.measurement, **options)
 
 
+OURS = "**ours** (dual)"
 # Name -> network passes in a step (a vector-Jacobian product counts as one more), sampler.
 METHODS: dict[str, tuple[int, Sampler]] = {
     "C-PiGDM, paper's noise-free form, w = 15": (2, lambda problem, n: paper(problem, n, 15.0, 0.0)),
@@ -136,7 +150,7 @@ METHODS: dict[str, tuple[int, Sampler]] = {
     "DPS": (2, dps),
     "DDNM": (1, lambda problem, n: ours(problem, n, low=0.02, weight="paper", w=math.inf, eta=0.0)),
     "C-PiGDM, Bayes weight": (1, lambda problem, n: ours(problem, n, low=0.02, weight="bayes", eta=0.0)),
-    "**ours** (dual)": (1, ours),
+    OURS: (1, ours),
 }
 
 # Anchors of the project's notes: the Bayes weight, noise-free, at 5, 10, 20 and 100 calls.
@@ -304,116 +318,233 @@ class Latent:
         options = {"tau": 1.0, **options}
         return sample_cpigdm(self.prior.denoise, x, karras(n, 14.6, 0.03), measurement=Measurement(y, operator), **options)
 
-    def score(self, z: Tensor) -> tuple[float, float]:
+    def score(self, z: Tensor) -> list[float]:
+        """As of `Problem`."""
         parts = z.flatten(1).split(self.SAMPLES)
-        return mean_and_error([energy_distance(a, b) for a, b in zip(parts, self.exact, strict=True)])
+        return [energy_distance(a, b) for a, b in zip(parts, self.exact, strict=True)]
 
-    def residual(self, z: Tensor, noise: float) -> tuple[float, float]:
+    def residual(self, z: Tensor, noise: float) -> list[float]:
         """The least and the greatest ||A D(z) - y|| / (sigma sqrt(m))."""
         measurement = self.measurement(noise)
         ratio = measurement.residual_norm(self.decode(z)) / (noise * measured_entries(measurement).sqrt())
-        return float(ratio.min()), float(ratio.max())
+        return [float(ratio.min()), float(ratio.max())]
+
+
+# Cells: everything that is measured ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One number of a table: which it is. `compute` says how it is found."""
+
+    section: str
+    problem: str
+    noise: float
+    method: str
+    steps: int
+
+
+LAST = {"last_steps": 30}
+LATENT_SETTINGS: dict[str, dict[str, Any]] = {
+    "Bayes weight": {"weight": "bayes", **LAST},
+    "dual (default)": LAST,
+    "dual, 10 last steps": {},
+    "dual, 6 inner steps": {"inner_steps": 6, **LAST},
+    "dual, reach = 1": {"reach": 1.0, **LAST},
+    "Bayes weight, encoder": {"weight": "bayes", "consistency": "encoder"},
+    "dual, encoder": {"consistency": "encoder"},
+}
+IDEALS: dict[str, dict[str, Any]] = {
+    "*ideal: consistency solved exactly, Bayes*": {"weight": "bayes"},
+    "*ideal: consistency solved exactly, dual*": {"reach": 0.5},
+}
+DECODERS = {"linear": False, "tanh": True}
+RESIDUAL_NOISES = (0.02, 0.05, 0.1, 0.2)
+problem_of, latent_of = functools.cache(Problem), functools.cache(Latent)
+
+
+def cells() -> Iterator[Cell]:
+    """In the order in which they are computed: what matters most comes first."""
+    for n in CALLS:
+        for name in OPERATORS:
+            for noise in NOISES:
+                for method in METHODS:
+                    if noise or "noisy" not in method:
+                        yield Cell("methods", name, noise, method, n)
+    for n in FEW:
+        for kind in DECODERS:
+            for method in (*IDEALS, *LATENT_SETTINGS):
+                yield Cell("latents", kind, 0.0, method, n)
+    for kind in DECODERS:
+        for noise in RESIDUAL_NOISES:
+            yield Cell("residuals", kind, noise, "dual (default)", 10)
+    for section, variants in (("variants", VARIANTS), ("costly", COSTLY)):
+        for n in FEW:
+            for method in variants:
+                for name in OPERATORS:
+                    for noise in NOISES:
+                        yield Cell(section, name, noise, method, n)
+
+
+def compute(cell: Cell) -> list[float]:
+    """The distance of each truth; of a residual cell the least and the greatest ratio."""
+    if cell.section == "residuals":
+        latent = latent_of(DECODERS[cell.problem])
+        return latent.residual(latent.run(cell.steps, cell.noise, **LAST), cell.noise)
+    if cell.section == "latents":
+        latent = latent_of(DECODERS[cell.problem])
+        ideal = cell.method in IDEALS
+        run, options = (latent.ideal, IDEALS) if ideal else (latent.run, LATENT_SETTINGS)
+        return latent.score(run(cell.steps, **options[cell.method]))
+    samplers = {"methods": {m: sampler for m, (_, sampler) in METHODS.items()}, "variants": VARIANTS, "costly": COSTLY}
+    samples = {"methods": 256 if cell.steps < 100 else 64, "variants": 64, "costly": 24}[cell.section]
+    problem = problem_of(cell.problem, cell.noise, samples)
+    return problem.score(samplers[cell.section][cell.method](problem, cell.steps))
+
+
+Found = dict[Cell, list[float]]
+
+
+def read() -> tuple[Found, float]:
+    """What is known, and the CPU seconds that it took."""
+    found: Found = {}
+    seconds = 0.0
+    if ROWS.exists():
+        with ROWS.open(newline="") as file:
+            for r in csv.DictReader(file):
+                cell = Cell(r["section"], r["problem"], float(r["noise"]), r["method"], int(r["steps"]))
+                found[cell] = [float(v) for v in r["values"].split()]
+                seconds += float(r["seconds"])
+    return found, seconds
+
+
+def compute_missing(sections: list[str]) -> None:
+    if not ROWS.exists():
+        ROWS.write_text(",".join(FIELDS) + "\n")
+    for cell in cells():
+        if cell.section not in sections or cell in read()[0]:
+            continue
+        start = time.process_time()
+        values = compute(cell)
+        seconds = time.process_time() - start
+        shown = " ".join(f"{v:.5g}" for v in values)
+        with ROWS.open("a", newline="") as file:
+            csv.writer(file).writerow([*dataclasses.astuple(cell), shown, f"{seconds:.2f}"])
+        print(f"{cell}: {sum(values) / len(values):.3f}, {seconds:.1f} s", flush=True)
 
 
 # Tables ----------------------------------------------------------------------------------------------------------------------
 
 
-def cell(value: tuple[float, float]) -> str:
-    return f"{value[0]:.2f} \u00b1 {value[1]:.2f}" if value[0] < 100 else "diverges"
+def shown(values: list[float] | None) -> str:
+    if values is None:
+        return "not run"
+    mean, error = mean_and_error(values)
+    return f"{mean:.2f} \u00b1 {error:.2f}" if mean < 100 else "diverges"
 
 
-def row(*cells: object) -> str:
-    line = "| " + " | ".join(map(str, cells)) + " |"
-    print(line, flush=True)
-    return line
+def row(*items: object) -> str:
+    return "| " + " | ".join(map(str, items)) + " |"
 
 
-def comparison() -> list[str]:
-    lines = [row("problem", "noise", "method", "passes a step", *(f"{n} steps" for n in CALLS))]
-    lines.append(row(*["---"] * (4 + len(CALLS))))
+def comparison(found: Found) -> list[str]:
+    lines = [
+        row("problem", "noise", "method", "passes a step", *(f"{n} steps" for n in CALLS)),
+        row(*["---"] * (4 + len(CALLS))),
+    ]
     for name in OPERATORS:
         for noise in NOISES:
-            problem, fewer = Problem(name, noise, 256), Problem(name, noise, 64)
             if noise == 0:
                 lines.append(row(name, noise, "*the project's notes, Bayes weight*", 1, *NOTES[name]))
-            for method, (passes, sampler) in METHODS.items():
-                if "noisy" in method and noise == 0:
+            for method, (passes, _) in METHODS.items():
+                if noise or "noisy" not in method:
+                    values = [shown(found.get(Cell("methods", name, noise, method, n))) for n in CALLS]
+                    lines.append(row(name, noise, method, passes, *values))
+    return lines
+
+
+def margins(found: Found) -> list[str]:
+    """How far ours is below the best of the others, truth by truth."""
+    lines = [row("problem", "noise", *(f"{n} steps" for n in CALLS)), row(*["---"] * (2 + len(CALLS)))]
+    for name in OPERATORS:
+        for noise in NOISES:
+            items = []
+            for n in CALLS:
+                here = {m: found.get(Cell("methods", name, noise, m, n)) for m in METHODS}
+                mine = here.pop(OURS)
+                others = {m: v for m, v in here.items() if v is not None}
+                if mine is None or not others:
+                    items.append("not run")
                     continue
-                found = []
-                for n in CALLS:
-                    samples = problem if n < 100 else fewer
-                    found.append(cell(samples.score(sampler(samples, n))))
-                lines.append(row(name, noise, method, passes, *found))
+                best = min(others, key=lambda m: sum(others[m]))
+                mean, error = mean_and_error([a - b for a, b in zip(mine, others[best], strict=True)])
+                items.append(f"{mean:+.2f} \u00b1 {error:.2f} ({best.partition(',')[0]})")
+            lines.append(row(name, noise, *items))
     return lines
 
 
-def experiments(variants: dict[str, Sampler], samples: int) -> list[str]:
-    problems = [Problem(name, noise, samples) for name in OPERATORS for noise in NOISES]
-    heads = [f"{p.name}, {p.noise:g}" for p in problems]
-    lines = [row("variant", "calls", *heads, "mean"), row(*["---"] * (len(problems) + 3))]
-    for name, sampler in variants.items():
-        for n in (5, 10, 20):
-            found = [problem.score(sampler(problem, n))[0] for problem in problems]
-            shown = [f"{v:.2f}" if v < 100 else "diverges" for v in [*found, sum(found) / len(found)]]
-            lines.append(row(name, n, *shown))
+def experiments(found: Found, section: str, variants: dict[str, Sampler]) -> list[str]:
+    problems = [(name, noise) for name in OPERATORS for noise in NOISES]
+    lines = [row("variant", "calls", *(f"{name}, {noise:g}" for name, noise in problems), "mean")]
+    lines.append(row(*["---"] * (len(problems) + 3)))
+    for method in variants:
+        for n in FEW:
+            values = [found.get(Cell(section, name, noise, method, n)) for name, noise in problems]
+            means = [math.nan if v is None else sum(v) / len(v) for v in values]
+            numbers = [
+                "not run" if math.isnan(v) else f"{v:.2f}" if v < 100 else "diverges" for v in [*means, sum(means) / len(means)]
+            ]
+            lines.append(row(method, n, *numbers))
     return lines
 
 
-def latents() -> list[str]:
-    lines = [row("decoder", "setting", "5 calls", "10 calls", "20 calls"), row(*["---"] * 5)]
-    more = {"last_steps": 30}
-    settings: dict[str, dict[str, Any]] = {
-        "Bayes weight": {"weight": "bayes", **more},
-        "dual (default)": more,
-        "dual, 10 last steps": {},
-        "dual, 6 inner steps": {"inner_steps": 6, **more},
-        "dual, reach = 1": {"reach": 1.0, **more},
-        "Bayes weight, encoder": {"weight": "bayes", "consistency": "encoder"},
-        "dual, encoder": {"consistency": "encoder"},
-    }
-    for bent in (False, True):
-        latent, kind = Latent(bent), "tanh" if bent else "linear"
-        for name, options in (("Bayes", {"weight": "bayes"}), ("dual", {"reach": 0.5})):
-            found = [cell(latent.score(latent.ideal(n, **options))) for n in (5, 10, 20)]
-            lines.append(row(kind, f"*ideal: consistency solved exactly, {name}*", *found))
-        for name, options in settings.items():
-            lines.append(row(kind, name, *(cell(latent.score(latent.run(n, **options))) for n in (5, 10, 20))))
+def latents(found: Found) -> list[str]:
+    lines = [row("decoder", "setting", *(f"{n} calls" for n in FEW)), row(*["---"] * (2 + len(FEW)))]
+    for kind in DECODERS:
+        for method in (*IDEALS, *LATENT_SETTINGS):
+            lines.append(row(kind, method, *(shown(found.get(Cell("latents", kind, 0.0, method, n))) for n in FEW)))
     lines += ["", row("decoder", "noise", "least and greatest residual / (sigma sqrt(m)), 10 calls"), row(*["---"] * 3)]
-    for bent in (False, True):
-        for noise in (0.02, 0.05, 0.1, 0.2):
-            latent = Latent(bent)
-            low, high = latent.residual(latent.run(10, noise, **more), noise)
-            lines.append(row("tanh" if bent else "linear", noise, f"{low:.2f} to {high:.2f}"))
+    for kind in DECODERS:
+        for noise in RESIDUAL_NOISES:
+            values = found.get(Cell("residuals", kind, noise, "dual (default)", 10))
+            lines.append(row(kind, noise, "not run" if values is None else f"{values[0]:.2f} to {values[1]:.2f}"))
     return lines
 
 
-HEAD = """\
-# Few-call samplers against the exact posterior
+def table() -> str:
+    found, seconds = read()
+    doc = " ".join((__doc__ or "").split("\n\n")[2].split())
+    parts = [
+        "# Few-call samplers against the exact posterior\n",
+        f"`python benchmarks/posterior.py`; torch {torch.__version__}, one thread, {seconds / 60:.0f} CPU-minutes. {doc}\n",
+        "## Methods\n\nA step is one call of the network; methods with 2 passes a step also take its vector-Jacobian product, which costs"
+        " about as much as the call, and is not counted in their favour here: compare steps.\n",
+        *comparison(found),
+        "\nOurs less the best of the others in that cell, mean and standard error of the difference over the truths:\n",
+        *margins(found),
+        "\n## What was tried\n\nEnergy distance, 64 samples a truth, problem and noise at the head of each column.\n",
+        *experiments(found, "variants", VARIANTS),
+        "\n24 samples a truth; covariances are exact, which a network would need 12 to 144 vector-Jacobian products a step for.\n",
+        *experiments(found, "costly", COSTLY),
+        "\n## Latent space\n\nA mask of 80 % of the pixels, no noise, start at sigma 14.6, decoder gradients with 3 inner and 30 last"
+        " steps unless said otherwise; 64 samples a truth.\n",
+        *latents(found),
+    ]
+    return "\n".join(parts) + "\n"
 
-`python benchmarks/posterior.py`; torch {torch}, one thread, {minutes:.0f} minutes. {doc}
 
-"""
+SECTIONS = ("methods", "latents", "residuals", "variants", "costly")
 
 
 def main() -> None:
-    """Print the tables and write them down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    begin = time.process_time()
-    parts = [
-        "## Methods\n\nA step is one call of the network; methods with 2 passes a step also take its vector-Jacobian product, which costs"
-        " about as much as the call, and is not counted in their favour here: compare steps.\n",
-        *comparison(),
-        "\n## What was tried\n\nEnergy distance, 64 samples a truth, problem and noise at the head of each column.\n",
-        *experiments(VARIANTS, 64),
-        "\n24 samples a truth; covariances are exact, which a network would need 12 to 144 vector-Jacobian products a step for.\n",
-        *experiments(COSTLY, 24),
-        "\n## Latent space\n\nA mask of 80 % of the pixels, no noise, start at sigma 14.6, decoder gradients with 3 inner and 30 last"
-        " steps unless said otherwise; 64 samples a truth.\n",
-        *latents(),
-    ]
-    doc = " ".join((__doc__ or "").split("\n\n")[2].split())
-    head = HEAD.format(torch=torch.__version__, minutes=(time.process_time() - begin) / 60, doc=doc)
-    (ROOT / "benchmarks" / "results" / "posterior.md").write_text(head + "\n".join(parts) + "\n", encoding="utf-8")
+    if not given.table:
+        compute_missing(given.sections.split(","))
+    (RESULTS / "posterior.md").write_text(table(), encoding="utf-8")
 
 
 if __name__ == "__main__":
