@@ -1,10 +1,12 @@
 """What a run will need, before it runs."""
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..operators import Measurement
 from . import host
+from .pictures import shown
+from .restore import CALLS
 from .types import CATEGORY, MeasurementType
 
 
@@ -39,6 +41,13 @@ class MemoryEstimate(io.ComfyNode):
                     default=True,
                     tooltip="Whether cfg is other than 1, which takes two passes of the network for each step.",
                 ),
+                io.Combo.Input(
+                    "method",
+                    options=list(CALLS),
+                    default="PSLD",
+                    optional=True,
+                    tooltip="PSLD keeps a gradient through network and VAE, C-PiGDM through the VAE's decoder only.",
+                ),
             ],
             outputs=[
                 io.Float.Output("fastest", tooltip="GB for model, VAE and gradients when every activation is kept."),
@@ -56,18 +65,19 @@ class MemoryEstimate(io.ComfyNode):
         vae: object = None,
         measurement: Measurement | None = None,
         latent: dict[str, torch.Tensor] | None = None,
+        method: str = "PSLD",
     ) -> io.NodeOutput:
         shape = cls._latent_shape(vae, measurement, latent)
         shape = (batch or shape[0], *shape[1:])
         try:
-            estimate = host.estimate(model.model, vae, shape, passes=2 if guidance else 1)
+            estimate = host.estimate(model.model, vae, shape, passes=2 if guidance else 1, network_gradient=method == "PSLD")
         except RuntimeError as error:
             raise ValueError(f"model: {error}") from error
         device = model.load_device
         room = host.room(device, estimate.weights)
         ratio = 1 if vae is None else vae.upscale_ratio
         height, width = (side * ratio for side in shape[2:])
-        lines = [f"{width} x {height}, batch {shape[0]}, {'two passes' if guidance else 'one pass'} of the network"]
+        lines = [f"{method}, {width} x {height}, batch {shape[0]}, {'two passes' if guidance else 'one pass'} of the network"]
         lines += [f"{mode}: {estimate.gigabytes(mode):.2f} GB" for mode in host.MODES]
         lines.append(
             f"of it weights: {estimate.weights / host.GIB:.2f} GB; beside them free on {device}: {room / host.GIB:.2f} GB"
@@ -76,8 +86,7 @@ class MemoryEstimate(io.ComfyNode):
         fits = estimate.fits(best, room)
         lines.append(f"auto takes {best}" if fits else f"does not fit: {estimate.advice((height, width), room)}")
         text = "\n".join(lines)
-        host.show_text(cls, text)
-        return io.NodeOutput(estimate.gigabytes("fastest"), estimate.gigabytes("lowest"), text, ui=ui.PreviewText(text))
+        return io.NodeOutput(estimate.gigabytes("fastest"), estimate.gigabytes("lowest"), text, ui=shown(cls, text=text))
 
     @staticmethod
     def _latent_shape(

@@ -4,22 +4,24 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..operators import Crop, Measurement
 from ..samplers import fill_unseen, sample_cpigdm, sample_psld
 from . import host
 from .finish import finish
-from .samplers import RUN_INPUTS
-from .types import CATEGORY, MeasurementType, to_image, to_signal
+from .pictures import heat, shown
+from .plot import residual_plot
+from .samplers import LIGHTER, RUN_INPUTS
+from .types import CATEGORY, MeasurementType, measured, to_image, to_signal
 
 CALLS = {  # network calls; PSLD's also take a gradient through the network
     "C-PiGDM": {"fast": 5, "balanced": 10, "best": 20},
     "PSLD": {"fast": 20, "balanced": 50, "best": 100},
 }
-SOLVERS = {
-    "C-PiGDM": (sample_cpigdm, {}),
+SOLVERS = {  # with what `stock_sampler` takes
+    "C-PiGDM": (sample_cpigdm, {"network_gradient": False, "lighter": LIGHTER, "consistency": "decoder"}),
     "PSLD": (sample_psld, {"rule": "line_search", "omega": 0.8, "gamma": 0.0}),
 }
 
@@ -142,14 +144,16 @@ class Restore(io.ComfyNode):
         sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler)
         solve, options = SOLVERS[method]
         run = {"memory": memory, "unique_id": host.node_id(cls)}
-        images, worst, texts = [], 0.0, []
+        images, worst, texts, curves = [], 0.0, [], []
         # One picture at a time: it takes the memory of one, and comes out the same to the bit in any batch.
         for i in range(len(filled)):
             start = vae.encode(filled[i : i + 1])
             for k in range(samples):
                 check = check_gradients and i == k == 0
+                photo = wide.select(i)
+                curves.append([])
                 sampler = host.stock_sampler(
-                    solve, wide.select(i).to(torch.float32), vae, check_gradients=check, **run, **options
+                    noting(solve, photo, curves[-1]), photo.to(torch.float32), vae, check_gradients=check, **run, **options
                 )
                 # Photo i of a batch comes out as it would with seed + i alone.
                 number = (seed + i + k * NEXT_SAMPLE) % 2**63
@@ -157,9 +161,24 @@ class Restore(io.ComfyNode):
                 image, rms, text = finish(window(to_signal("vae: the decoded picture", vae.decode(latent))), exact.select(i))
                 images.append(image)
                 worst, texts = max(worst, rms), [*texts, text]
-        text = "\n".join(texts)
-        host.show_text(cls, text)
-        return io.NodeOutput(torch.cat(images), worst, ui=ui.PreviewText(text))
+        pictures, plot = torch.cat(images), residual_plot(curves, exact.sigma / 2)
+        previews = [pictures] if plot is None else [pictures, plot]
+        return io.NodeOutput(pictures, worst, ui=shown(cls, *previews, text="\n".join(texts)))
+
+
+def noting(solve: Callable[..., Tensor], photo: Measurement, curve: list[float]) -> Callable[..., Tensor]:
+    """A sampler that also writes down |A x - y| at each step, root mean square on the 0 to 1 scale; `photo` is one."""
+    count = float(measured(photo.operator, photo.y).expand_as(photo.y).sum())
+
+    def run(*given: object, callback: Callable[[dict], None], **options: object) -> Tensor:
+        def note(step: dict) -> None:
+            curve.append(float(step["residual"].max()) / 2 / count**0.5)
+            callback(step)
+
+        curve.clear()  # a run that ran out of memory begins again
+        return solve(*given, callback=note, **options)
+
+    return run
 
 
 def widened(measurement: Measurement, ratio: int) -> tuple[Callable[[Tensor], Tensor], Measurement]:
@@ -233,12 +252,8 @@ class Uncertainty(io.ComfyNode):
         # Over colours too: one number for each pixel.
         deviation = groups.var(1).mean(-1).sqrt()
         share = (deviation / brightest).clamp(0, 1).float()
-        return io.NodeOutput(groups.mean(1).float(), heat(share), share)
-
-
-def heat(share: Tensor) -> Tensor:
-    """(B, H, W) from 0 to 1 -> IMAGE from black over red and yellow to white."""
-    return torch.stack([(3 * share - k).clamp(0, 1) for k in range(3)], -1)
+        mean, picture = groups.mean(1).float(), heat(share)
+        return io.NodeOutput(mean, picture, share, ui=shown(cls, mean, picture))
 
 
 NODES = [Restore, Uncertainty]

@@ -8,6 +8,8 @@ from ..samplers import fill_unseen, sample_cpigdm, sample_psld
 from . import host
 from .types import CATEGORY, MeasurementType, to_image
 
+LIGHTER = {"consistency": "encoder"}  # of C-PiGDM, where memory does not suffice for a gradient through the decoder
+
 RUN_INPUTS = [  # of every sampler node; how a run is done, not what comes out
     io.Combo.Input(
         "memory",
@@ -266,6 +268,7 @@ class SamplerCPiGDM(io.ComfyNode):
             if weight.get("jacobian", "off") != "off":
                 raise ValueError("jacobian: works without a VAE only, for models of pixels; set it to off")
         run = {"memory": memory, "check_gradients": check_gradients, "unique_id": host.node_id(cls)}
+        run |= {"network_gradient": weight.get("jacobian", "off") != "off", "lighter": {} if vae is None else LIGHTER}
         return io.NodeOutput(host.stock_sampler(sample_cpigdm, measurement, vae, **run, **options))
 
 

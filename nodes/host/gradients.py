@@ -22,11 +22,14 @@ def gradients() -> Iterator[None]:
         mm.in_training = before
 
 
-def normal_weights(module: torch.nn.Module) -> int:
+def normal_weights(module: torch.nn.Module, differentiated: bool = True) -> int:
     """Replace inference-mode parameters and buffers by normal tensors on the same storage; no copy is made.
 
     Must run outside inference mode, after the last model load of a run (patching a LoRA makes inference tensors again).
     The shared module stays usable everywhere else: the numbers are the same memory.
+
+    Args:
+        differentiated: whether a gradient goes through the module; quantised weights are refused then, and left alone else.
 
     Returns:
         How many tensors were replaced.
@@ -39,6 +42,8 @@ def normal_weights(module: torch.nn.Module) -> int:
         for tensors in (owner._parameters, owner._buffers):
             for name, old in tensors.items():
                 if isinstance(old, QuantizedTensor):
+                    if not differentiated:
+                        continue
                     raise ValueError(
                         f"the weights of {type(module).__name__} are quantised ({type(old).__name__}, at {name}), which has no "
                         "gradient here; load a float16, bfloat16 or float32 checkpoint of this model"

@@ -66,11 +66,12 @@ def _incomplete(network: torch.nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def resident(guider: Any, vae: Any, memory: float) -> Iterator[Loaded]:
+def resident(guider: Any, vae: Any, memory: float, network_gradient: bool = True) -> Iterator[Loaded]:
     """Load everything that a guider and a VAE run, side by side and whole, with normal weights.
 
     Args:
         memory: bytes that the run needs beside the weights, for the host to make room.
+        network_gradient: False where only the VAE must have a gradient; the others may be quantised then.
     """
     import comfy.model_management as mm
 
@@ -105,7 +106,7 @@ def resident(guider: Any, vae: Any, memory: float) -> Iterator[Loaded]:
             twin.pre_run()
         called += control_networks(guider)
         for network in (*(patcher.model for patcher in patchers), *called):
-            normal_weights(network)
+            normal_weights(network, network_gradient or (vae_patcher is not None and network is vae_patcher.model))
         yield Loaded(None if vae_patcher is None else vae_patcher.model, list(dict.fromkeys(called)))
     finally:
         for twin in twins:

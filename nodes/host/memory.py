@@ -153,16 +153,20 @@ class Estimate:
 
     Attributes:
         weights: of diffusion model, VAE and ControlNets.
-        stages: network, decoder, encoder, as far as they take part.
+        stages: network, decoder, encoder, as far as a gradient goes through them.
+        forward: what a pass of the network takes without a gradient, by the host's own estimate; 0 where it has one.
         copies: largest tensors that the backward pass of one layer holds beside what was saved (in, out, and workspace).
     """
 
     weights: int
     stages: tuple[Stage, ...]
+    forward: int = 0
     copies: int = 2
 
     def activations(self, mode: str) -> int:
         """Bytes beside the weights at the peak of a step."""
+        if not self.stages:
+            return self.forward
         if mode == "fastest":
             peak = sum(stage.saved for stage in self.stages)
         elif mode == "balanced":  # the backward pass has done with the later stages when it comes to an earlier one
@@ -170,7 +174,7 @@ class Estimate:
             peak = max(before + stage.block for before, stage in zip(kept, self.stages, strict=True))
         else:
             peak = max(stage.kept + stage.block for stage in self.stages)
-        return peak + self.copies * max(stage.largest for stage in self.stages)
+        return max(self.forward, peak + self.copies * max(stage.largest for stage in self.stages))
 
     def gigabytes(self, mode: str) -> float:
         """Weights and activations, in GiB."""
@@ -195,7 +199,14 @@ class Estimate:
         return f"{smaller}a smaller batch, or a float16 or bfloat16 model and VAE instead of float32"
 
 
-def estimate(model: Any, vae: Any, shape: tuple[int, ...], passes: int = 2, controls: tuple[nn.Module, ...] = ()) -> Estimate:
+def estimate(
+    model: Any,
+    vae: Any,
+    shape: tuple[int, ...],
+    passes: int = 2,
+    controls: tuple[nn.Module, ...] = (),
+    network_gradient: bool = True,
+) -> Estimate:
     """What a step needs, from the networks themselves: they run on fake tensors, which have shapes and no memory.
 
     Args:
@@ -204,6 +215,7 @@ def estimate(model: Any, vae: Any, shape: tuple[int, ...], passes: int = 2, cont
         shape: of the latent, (B, c, h, w).
         passes: network passes for each step, 2 with classifier-free guidance.
         controls: ControlNets, counted in proportion to their size.
+        network_gradient: whether a gradient goes through the network, or only through the VAE's decoder.
 
     Raises:
         RuntimeError: the network needs inputs that only its own conditioning can give.
@@ -211,27 +223,36 @@ def estimate(model: Any, vae: Any, shape: tuple[int, ...], passes: int = 2, cont
     from comfy.model_management import InterruptProcessingException, module_size
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    sizes = [module_size(network) for network in (model, *controls)]
-    weights = sum(sizes) + (0 if vae is None else module_size(vae.first_stage_model))
+    with gradients():  # quantised weights cannot be listed in inference mode
+        sizes = [module_size(network) for network in (model, *controls)]
+        weights = sum(sizes) + (0 if vae is None else module_size(vae.first_stage_model))
     share = sum(sizes) / sizes[0]
-    stages = []
+    stages: list[Stage] = []
+    wide, forward = (passes * shape[0], *shape[1:]), 0
     try:
         with gradients(), FakeTensorMode(allow_non_fake_inputs=True):
-            inputs = _network_inputs(model, (passes * shape[0], *shape[1:]))
-            stage = _measure(model.diffusion_model, lambda network, x, **given: network(x, **given), *inputs)
-            stages.append(dataclasses.replace(stage, saved=int(share * stage.saved), kept=int(share * stage.kept)))
+            if network_gradient:
+                inputs = _network_inputs(model, wide)
+                stage = _measure(model.diffusion_model, lambda network, x, **given: network(x, **given), *inputs)
+                stages.append(dataclasses.replace(stage, saved=int(share * stage.saved), kept=int(share * stage.kept)))
+            else:
+                forward = int(share * model.memory_required(wide))
             if vae is not None:
                 network, device = vae.first_stage_model, vae.device
                 latent = torch.empty(shape, dtype=vae.vae_dtype, device=device)
                 side = vae.upscale_ratio
                 image = latent.new_empty((shape[0], 3, shape[2] * side, shape[3] * side))
                 stages.append(_measure(network, lambda network, z: network.decode(z), latent))
-                stages.append(_measure(network, lambda network, image: network.encode(image), image))
+                if network_gradient:
+                    stages.append(_measure(network, lambda network, image: network.encode(image), image))
     except InterruptProcessingException:  # the layers look out for it here too
         raise
     except Exception as error:
+        import traceback
+
+        traceback.print_exc()
         raise RuntimeError(f"the memory that {type(model).__name__} needs cannot be estimated ({error})") from error
-    return Estimate(int(weights), tuple(stages))
+    return Estimate(int(weights), tuple(stages), forward)
 
 
 def _network_inputs(model: Any, shape: tuple[int, ...]) -> tuple[Tensor, dict[str, Any]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...operators import LinearOperator
 from ...samplers import State
-from ..measurement import measured
+from ..types import measured
 from . import guard
 from .codec import Codec, check_sizes, check_vae
 from .gradients import differentiable_options, gradients, normal_tensors
@@ -29,6 +29,8 @@ def stock_sampler(
     memory: str = "auto",
     check_gradients: bool = False,
     unique_id: str | None = None,
+    network_gradient: bool = True,
+    lighter: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
     """A ComfyUI SAMPLER that runs `solve`, a sampler of samplers/, on any guider, scheduler and noise.
@@ -40,11 +42,15 @@ def stock_sampler(
         memory: one of MODES, or "auto" for the quickest that fits. All give the same result.
         check_gradients: compare autograd with finite differences before the first step.
         unique_id: of the node that shows the progress.
+        network_gradient: whether `solve` differentiates through the diffusion network, and not through the VAE alone. Without it the
+            network may be quantised, cached or patched by what has no gradient.
+        lighter: options of `solve` that replace those given when memory does not suffice for them in any mode.
         options: further keywords of `solve`.
     """
     from comfy.samplers import KSAMPLER
 
     given = {"memory": memory, "check_gradients": check_gradients, "unique_id": unique_id}
+    given |= {"network_gradient": network_gradient, "lighter": lighter}
     return KSAMPLER(run_on_host, {"solve": solve, "measurement": measurement, "vae": vae, "options": options, **given})
 
 
@@ -63,24 +69,27 @@ def run_on_host(
     memory: str = "auto",
     check_gradients: bool = False,
     unique_id: str | None = None,
+    network_gradient: bool = True,
+    lighter: dict[str, Any] | None = None,
 ) -> Tensor:
     """What KSAMPLER calls: prepare the host, run `solve` in the k-state, give the state back as the host wants it."""
     guider = model.inner_model
     model_options = extra_args["model_options"]
-    refuse_unsupported(guider, x, model_options)
+    refuse_unsupported(guider, x, model_options, network_gradient)
     state = state_of(guider.inner_model.model_sampling)
     if vae is not None:
         check_vae(vae, guider.inner_model.latent_format)
     check_sizes(x, measurement, vae)
     counts = measured(measurement.operator, measurement.y).expand_as(measurement.y).flatten(1).sum(1)
     readout = Readout(unique_id, 1 / (2 * counts.clamp(min=1).sqrt()), measurement.sigma / 2)
-    need = needed(guider, vae, x)
+    need = needed(guider, vae, x, network_gradient)
     room = 1e30 if need is None else need.activations(MODES[0] if memory == "auto" else memory)
 
-    with gradients(), resident(guider, vae, room) as loaded:
-        model_options = differentiable_options(model_options, bool(controls(guider)))
-        for network in loaded.networks:
-            check_attention(network, model_options["transformer_options"])
+    with gradients(), resident(guider, vae, room, network_gradient) as loaded:
+        if network_gradient:
+            model_options = differentiable_options(model_options, bool(controls(guider)))
+            for network in loaded.networks:
+                check_attention(network, model_options["transformer_options"])
         extra_args = normal_tensors({key: value for key, value in extra_args.items() if key != "model_options"})
         extra_args["model_options"] = model_options
         for name in ("conds", "_uncond_conds"):  # the second is Guider_DualModel's
@@ -98,11 +107,17 @@ def run_on_host(
             codec = Codec(loaded.vae, guider.inner_model.latent_format, vae.device, vae.vae_dtype)
         denoise = denoiser(model, state)
 
-        def run(codec: Codec | None) -> Tensor:
+        def run(codec: Codec | None, options: dict[str, Any]) -> Tensor:
             if check_gradients:
-                precision = lowest_precision(guider.inner_model, codec)
                 sigma = sigmas_k[0].expand(len(start))
-                line = guard.check_gradient(lambda v: denoise(v, sigma, **extra_args), start, measurement, codec, precision)
+                if network_gradient:
+                    precision = lowest_precision(guider.inner_model, codec)
+                    line = guard.check_gradient(lambda v: denoise(v, sigma, **extra_args), start, measurement, codec, precision)
+                else:
+                    with torch.no_grad():
+                        denoised = denoise(start, sigma, **extra_args)
+                    precision = torch.float32 if codec is None else codec.dtype
+                    line = guard.check_gradient(lambda v: v, denoised, measurement, codec, precision)
                 log.info(line)
                 readout.note(line)
             return solve(
@@ -117,22 +132,27 @@ def run_on_host(
                 **options,
             )
 
-        result = run_in_memory(run, codec, loaded, memory, need, readout, tuple(measurement.operator.in_shape[1:]), x.device)
+        size = tuple(measurement.operator.in_shape[1:])
+        if not network_gradient:
+            loaded = dataclasses.replace(loaded, networks=[])  # nothing of theirs is kept, so nothing is worth computing again
+        result = run_in_memory(run, codec, loaded, memory, options, lighter, need, readout, size, x.device)
         readout.finish()
         return state.from_k(result, sigmas_k[-1])
 
 
 def run_in_memory(
-    run: Callable[[Codec | None], Tensor],
+    run: Callable[[Codec | None, dict[str, Any]], Tensor],
     codec: Codec | None,
     loaded: Loaded,
     memory: str,
+    options: dict[str, Any],
+    lighter: dict[str, Any] | None,
     need: Estimate | None,
     readout: Readout,
     size: tuple[int, int],
     device: torch.device,
 ) -> Tensor:
-    """Run in the mode asked for, and from the start again in the next lower one whenever memory runs out.
+    """Run in the mode asked for, and from the start again in the next lower one whenever memory runs out; at last `lighter`.
 
     The whole run and not the step: the result then is the lower mode's own, and a run mostly fails in its first step.
     """
@@ -141,21 +161,24 @@ def run_in_memory(
         memory = MODES[-1] if need is None else need.best(free)
     if memory != MODES[0]:
         readout.note(f"memory: {memory}")
-    modes = list(MODES[MODES.index(memory) :])
+    ways = [(f"in mode {mode}", mode, options) for mode in MODES[MODES.index(memory) :]]
+    if lighter and any(options.get(name) != value for name, value in lighter.items()):  # not what runs already
+        said = " and ".join(f"{name} {value}" for name, value in lighter.items())
+        ways.append((f"with {said}, which follows the photo less closely", MODES[-1], {**options, **lighter}))
     while True:
-        mode = modes.pop(0)
+        name, mode, given = ways.pop(0)
         try:
             with recomputing(mode, loaded.networks, loaded.vae):
                 lean = codec if codec is None else dataclasses.replace(codec, recompute=mode == MODES[-1])
-                return run(lean)
+                return run(lean, given)
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            if not modes:
+            if not ways:
                 raise torch.cuda.OutOfMemoryError(_too_large(need, size, free, error)) from error
         # Out of the except clause, where the error no longer holds the tensors of the frames it went through.
         release_memory()
-        note = f"out of memory in mode {mode}; started again in mode {modes[0]}"
+        note = f"out of memory {name}; started again {ways[0][0]}"
         log.warning(note)
         readout.restart(note)
 
@@ -168,13 +191,13 @@ def _too_large(need: Estimate | None, size: tuple[int, int], free: float, error:
     return f"{text} This run needs about {required}; {free / GIB:.1f} GB were free. To make it fit: {need.advice(size, free)}"
 
 
-def needed(guider: Any, vae: Any, x: Tensor) -> Estimate | None:
+def needed(guider: Any, vae: Any, x: Tensor, network_gradient: bool) -> Estimate | None:
     """The estimate for a guider's next run, or None, and a line in the log, where the model does not allow one."""
     groups = [group for kind, group in guider.conds.items() if kind == "positive" or getattr(guider, "cfg", 0) != 1]
     passes = max(1, sum(len(group) for group in groups))
     nets = tuple(dict.fromkeys(control_networks(guider)))
     try:
-        return estimate(guider.inner_model, vae, tuple(x.shape), passes, nets)
+        return estimate(guider.inner_model, vae, tuple(x.shape), passes, nets, network_gradient)
     except RuntimeError as error:
         log.warning("%s; memory auto means lowest for this run", error)
         return None

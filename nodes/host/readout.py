@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..plot import residual_plot
+
 POINTS = 10  # of the curve that are shown
 
 
@@ -32,6 +34,31 @@ def send_text(unique_id: str | None, text: str) -> None:
     instance = getattr(PromptServer, "instance", None)
     if instance is not None and unique_id is not None:
         instance.send_progress_text(text, unique_id)
+
+
+def send_picture(unique_id: str | None, image: Tensor) -> None:
+    """Show an IMAGE (1, H, W, 3) on any node, as ComfyUI shows what samplers preview. Only the page that asked gets it."""
+    from comfy_api import feature_flags
+    from comfy_execution.progress import get_progress_state
+    from PIL import Image
+    from protocol import BinaryEventTypes
+    from server import PromptServer
+
+    instance = getattr(PromptServer, "instance", None)
+    client = getattr(instance, "client_id", None)
+    if unique_id is None or client is None:
+        return
+    if feature_flags.supports_feature(instance.sockets_metadata, client, "supports_preview_metadata"):
+        run = get_progress_state()
+        node = {
+            "node_id": unique_id,
+            "prompt_id": run.prompt_id,
+            "display_node_id": run.dynprompt.get_display_node_id(unique_id),
+            "parent_node_id": run.dynprompt.get_parent_node_id(unique_id),
+            "real_node_id": run.dynprompt.get_real_node_id(unique_id),
+        }
+        picture = Image.fromarray((image[0] * 255).round().byte().cpu().numpy())
+        instance.send_sync(BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA, (("PNG", picture, None), node), client)
 
 
 @dataclass
@@ -88,8 +115,11 @@ class Readout:
         return f"|A x - y| by step{self._target()}\n{points}\nlowest {value:.4f} at step {step}"
 
     def finish(self) -> None:
-        """Leave the summary on the node."""
+        """Leave the summary on the node, and the curve as a picture."""
         self._send(self.summary())
+        plot = residual_plot([[value for _, _, value in self.curve]], self.noise)
+        if plot is not None:
+            send_picture(self.unique_id, plot)
 
     def _target(self) -> str:
         return f" (noise {self.noise:.3g})" if self.noise else ""

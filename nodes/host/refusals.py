@@ -13,12 +13,18 @@ from ...samplers import State
 log = logging.getLogger("comfyui-posterior")
 
 
-def refuse_unsupported(guider: Any, x: Tensor, model_options: dict[str, Any]) -> None:
-    """Refuse, before the first step, what would give a wrong gradient or an obscure error."""
+def refuse_unsupported(guider: Any, x: Tensor, model_options: dict[str, Any], network_gradient: bool) -> None:
+    """Refuse, before the first step, what would give a wrong gradient or an obscure error.
+
+    Args:
+        network_gradient: whether a gradient goes through the diffusion network. Without it the host's own way to call it will do.
+    """
     if x.ndim != 4:
         raise ValueError(
             f"the latent has {x.ndim} dimensions {tuple(x.shape)}; only pictures, (batch, channels, height, width), work"
         )
+    if not network_gradient:
+        return
     conds = [cond for group in guider.conds.values() for cond in group]
     if len({cond.get("hooks") for cond in conds}) > 1:
         raise ValueError(

@@ -21,7 +21,7 @@ class Demo:
 
     def measure(self, image: Tensor, bind: Any, sigma: float = 0.0) -> Any:
         recipe = self.nodes.types.OperatorRecipe("test", bind)
-        return self.nodes.measurement.MeasureSimulate.execute(image, recipe, sigma, 0).args[0]
+        return self.nodes.measurement.MeasureSimulate.execute(image, recipe, {"noise": "Gaussian", "sigma": sigma}, 0).args[0]
 
     def restore(self, measurement: Any, method: str = "C-PiGDM", seed: int = 0, **options: Any) -> tuple[Tensor, float]:
         given = {"quality": "fast", "cfg": 1.0, **options}

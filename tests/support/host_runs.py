@@ -107,3 +107,30 @@ def directional_derivatives(function: Callable[[Tensor], Tensor], x: Tensor, ste
             differences.append(float(ends[0] - ends[1]) / (2 * float(h)))
             products.append(float((gradient * direction).sum()))
     return differences, products, float(gradient.norm())
+
+
+class Scarce:
+    """Raises PyTorch's own out-of-memory error inside a network, at the calls of one of its layers given by number."""
+
+    def __init__(self, layer: torch.nn.Module, failing: set[int], error: Exception | None = None) -> None:
+        self.layer, self.failing, self.calls = layer, failing, 0
+        self.error = error or torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def __enter__(self) -> "Scarce":
+        self.handle = self.layer.register_forward_pre_hook(self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+    def _count(self, *_: object) -> None:
+        self.calls += 1
+        if self.calls in self.failing:
+            raise self.error
+
+
+def layer_of(h: Host, where: str) -> torch.nn.Module:
+    if where == "network":
+        return h.model.model.diffusion_model.out[2]
+    vae = h.vae.first_stage_model
+    return {"decode": vae.taesd_decoder[-1], "encode": vae.taesd_encoder[-1]}[where]

@@ -12,7 +12,8 @@ from PIL import Image
 from dev.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+TEMPLATES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+WORKFLOWS = ["inpaint_box", "super_resolution_x8"]  # those with PSLD in a graph of stock nodes
 SHORT = 10  # steps; enough for what does not depend on quality
 
 Prompt = dict[str, dict[str, Any]]

@@ -1,0 +1,157 @@
+"""Whatever a graph hands to a node comes out right, or as an error that names the input."""
+
+import re
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.any_input import Surface, input_names, names_an_input, prepared, realised
+from torch import Tensor
+
+SLOW = {"PosteriorRestore": (12, 60), "PosteriorMemoryEstimate": (8, 60)}  # those that run or trace networks
+NODES = [
+    "PosteriorMask",
+    "PosteriorDownscale",
+    "PosteriorBlur",
+    "PosteriorGrayscale",
+    "PosteriorIdentity",
+    "PosteriorEstimateNoise",
+    "PosteriorEstimateStripes",
+    "PosteriorEstimateBlur",
+    "PosteriorMeasureSimulate",
+    "PosteriorMeasurementFromPhoto",
+    "PosteriorCombineMeasurements",
+    "PosteriorSamplerPSLD",
+    "PosteriorSamplerCPiGDM",
+    "PosteriorStartLatent",
+    "PosteriorRestore",
+    "PosteriorUncertainty",
+    "PosteriorMemoryEstimate",
+    "PosteriorFinish",
+    "PosteriorDemoPictures",
+]
+
+
+@pytest.fixture(scope="module")
+def surface(pack: ModuleType, hosts: Callable, load: Callable, tiny: Callable) -> Surface:
+    return Surface(pack, prepared(hosts, load, tiny))
+
+
+def all_nodes(pack: ModuleType) -> dict[str, Any]:
+    import asyncio
+
+    extension = pack.nodes.PosteriorExtension()
+    return {node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}
+
+
+def test_no_node_is_left_out(pack: ModuleType) -> None:
+    takes_something = {name for name, node in all_nodes(pack).items() if node.define_schema().inputs}
+    assert takes_something <= {*NODES}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_right_or_an_error_that_names_the_input(
+    name: str, surface: Surface, count: Callable[[int, int], int], note: Callable[[str], None]
+) -> None:
+    node = all_nodes(surface.pack)[name]
+    specs = node.define_schema().inputs
+    messages: dict[str, int] = {}
+
+    @settings(
+        max_examples=count(*SLOW.get(name, (25, 130))),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        drawn = data.draw(surface.inputs(node), "inputs")
+        arguments = realised(surface, drawn)
+        before = {key: value.clone() for key, value in arguments.items() if isinstance(value, Tensor)}
+        with torch.inference_mode():
+            try:
+                outputs = node.execute(**arguments).args
+            except (ValueError, torch.cuda.OutOfMemoryError) as refusal:
+                message = str(refusal)
+                assert names_an_input(message, input_names(specs) | PASSED_ON.get(name, set())), message
+                assert len(message) < 700
+                summary = re.sub(r"-?\d[\d.e+-]*", "#", message)
+                messages[summary] = messages.get(summary, 0) + 1
+                return
+            check_outputs(node, arguments, outputs)
+        for key, value in before.items():  # other nodes hold it too
+            assert torch.equal(arguments[key].nan_to_num(), value.nan_to_num()), key
+
+    run()
+    for message, number in sorted(messages.items(), key=lambda item: -item[1]):
+        note(f"{number} x {message}")
+
+
+# What binds an operator to a picture, or samples for one, reports what that operator or sampler was told.
+OPERATOR = {"mask", "box", "kernel", "factor", "pattern", "fraction", "operator"}
+PASSED_ON = {
+    "PosteriorMeasureSimulate": OPERATOR,
+    "PosteriorMeasurementFromPhoto": OPERATOR,
+}
+
+
+def check_outputs(node: Any, given: dict[str, Any], outputs: tuple[Any, ...]) -> None:
+    """Finite, of the type that the schema says, and of no other size than the input asks for."""
+    schema = node.define_schema()
+    assert len(outputs) == len(schema.outputs)
+    for output, value in zip(schema.outputs, outputs, strict=True):
+        kind = output.io_type
+        if kind == "IMAGE":
+            assert value.ndim == 4
+            assert value.shape[-1] == 3
+            assert bool(value.isfinite().all())
+        elif kind == "MASK":
+            assert value.ndim == 3
+            assert bool(((value >= 0) & (value <= 1)).all())
+        elif kind == "FLOAT":
+            assert isinstance(value, float)
+            assert abs(value) < float("inf")
+        elif kind == "LATENT":
+            assert bool(value["samples"].isfinite().all())
+        elif kind == "MEASUREMENT":
+            assert bool(value.y.isfinite().all())
+    sizes = SIZES.get(schema.node_id)
+    if sizes is not None:
+        for got, expected in sizes(given, outputs):
+            assert tuple(got) == tuple(expected)
+
+
+def height_and_width(shape: Any) -> tuple[int, ...]:
+    return tuple(shape[-2:])
+
+
+SIZES: dict[str, Callable[[dict[str, Any], tuple[Any, ...]], list[tuple[Any, Any]]]] = {
+    "PosteriorMeasureSimulate": lambda given, out: [
+        (out[0].operator.in_shape[1:], given["image"].shape[1:3]),
+        (out[1].shape[1:3], out[0].y.shape[2:]),
+        (out[2].shape[1:], given["image"].shape[1:3]),
+        (out[1].shape[:1], given["image"].shape[:1]),
+    ],
+    "PosteriorMeasurementFromPhoto": lambda given, out: [
+        (out[0].y.shape[2:], given["photo"].shape[1:3]),
+        (out[0].y.shape[:1], given["photo"].shape[:1]),
+        (out[1].shape[1:3], given["photo"].shape[1:3]),
+        (out[2].shape[1:], out[0].operator.in_shape[1:]),
+    ],
+    "PosteriorCombineMeasurements": lambda given, out: [(out[0].operator.in_shape, given["first"].operator.in_shape)],
+    "PosteriorFinish": lambda given, out: [(out[0].shape[:3], given["image"].shape[:3])],
+    "PosteriorRestore": lambda given, out: [
+        (out[0].shape[1:3], given["measurement"].operator.in_shape[1:]),
+        (out[0].shape[:1], (len(given["measurement"].y) * given.get("samples", 1),)),
+    ],
+    "PosteriorUncertainty": lambda given, out: [(v.shape[1:3], given["samples"].shape[1:3]) for v in out],
+    "PosteriorStartLatent": lambda given, out: [
+        ([8 * n for n in out[0]["samples"].shape[2:]], given["measurement"].operator.in_shape[1:])
+    ],
+    "PosteriorEstimateStripes": lambda given, out: [(out[0].shape[1:], given["photo"].shape[1:3])],
+}
