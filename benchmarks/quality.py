@@ -1,6 +1,7 @@
 """How good the restored pictures are: methods side by side on held-out portraits of the demo prior.
 
-    python benchmarks/quality.py [--pictures 64] [--tasks box,downscale_8] [--methods psld_20,dps_100] [--sigmas 0.02] [--split tune]
+    python benchmarks/quality.py [--pictures 64] [--tasks box,downscale_8] [--methods cpigdm_10,psld_line_search:omega=0.5_20]
+        [--sigmas 0.02] [--split tune]
 
 Runs the slim networks without ComfyUI, 8 pictures at a time on one thread. Each picture is one row of results/quality.csv, and rows
 that are there are not computed again: stop it and go on whenever you like, in two processes with different --tasks if you have the
@@ -13,6 +14,7 @@ so that 1 is right and what the sampler itself reached can be seen. Seconds are 
 """
 
 import argparse
+import ast
 import csv
 import hashlib
 import math
@@ -127,9 +129,9 @@ class Prior:
 
 
 def latent_method(solve: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    def run(prior: Prior, measurement: Measurement, calls: int, seed: int) -> Tensor:
+    def run(prior: Prior, measurement: Measurement, calls: int, seed: int, **others: Any) -> Tensor:
         x = prior.start(len(measurement.y), seed)
-        arguments = {"measurement": measurement, "autoencoder": prior.autoencoder, **options}
+        arguments = {"measurement": measurement, "autoencoder": prior.autoencoder, **options, **others}
         z = solve(prior.model, x, prior.sigmas(calls), {"seed": seed}, **arguments)
         with torch.no_grad():
             return prior.autoencoder.decode(z)
@@ -224,13 +226,20 @@ def psnr(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
     return -10 * mean.log10()
 
 
+def parts(name: str) -> tuple[str, dict[str, Any], int]:
+    """A method's name in the tables, "psld_line_search:omega=0.5:inner_steps=2_20" say: its name in METHODS, other options, calls."""
+    given, _, calls = name.rpartition("_")
+    method, *others = given.split(":")
+    return method, {key: ast.literal_eval(value) for key, value in (other.split("=") for other in others)}, int(calls)
+
+
 def rows(prior: Prior, split: str, task: str, sigma: float, name: str, first: int, count: int) -> Iterator[dict[str, Any]]:
     truth = truths(split, first, count)
     measurement = observe(task, truth, sigma, first)
     operator = measurement.operator
-    method, _, calls = name.rpartition("_")
+    method, others, calls = parts(name)
     start = time.process_time()
-    x = METHODS[method](prior, measurement, int(calls), seed=first)
+    x = METHODS[method](prior, measurement, calls, seed=first, **others)
     seconds = (time.process_time() - start) / count
     # Exactly where the operator can be met exactly, and as the noise allows elsewhere; blurs get the rounding of 8 bits.
     kind = measurement if sigma or not isinstance(operator, Blur) else Measurement(measurement.y, operator, 0.004)
@@ -314,7 +323,7 @@ def table(path: pathlib.Path, split: str) -> str:
     for task in TASKS:
         for sigma in sorted({float(r["sigma"]) for r in kept if r["task"] == task}):
             here = [r for r in kept if r["task"] == task and float(r["sigma"]) == sigma]
-            names = sorted({r["method"] for r in here}, key=lambda n: (order[n.rpartition("_")[0]], int(n.rpartition("_")[2])))
+            names = sorted({r["method"] for r in here}, key=lambda n: (order[parts(n)[0]], parts(n)[2], n))
             lines += ["", f"## {task}, sigma {sigma:g}", ""]
             lines += [
                 "| method | calls | n | PSNR dB | SSIM | features | hole PSNR dB | residual | s / picture |",
