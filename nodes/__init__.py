@@ -2,13 +2,16 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import calibration, demo, finish, measurement, memory, operators, restore, samplers
+from . import calibration, demo, finish, measurement, memory, operators, readouts, restore, samplers, storage
+from .door import guarded, usable
+
+NODES = [
+    guarded(node)
+    for topic in (operators, calibration, measurement, storage, samplers, restore, finish, readouts, memory, demo)
+    for node in topic.NODES
+]
 
 
 class PosteriorExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
-            node
-            for topic in (operators, calibration, measurement, samplers, restore, memory, finish, demo)
-            for node in topic.NODES
-        ]
+        return usable(NODES)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..operators import Blur, gaussian_kernel
@@ -16,8 +16,8 @@ from ..operators.calibration import (
     estimate_noise_sigma,
     estimate_stripe_mask,
 )
-from . import host
 from .operators import kernel_picture
+from .pictures import shown
 from .types import CATEGORY, LinearOperatorType, OperatorRecipe, to_signal
 
 Estimate = TypeVar("Estimate")
@@ -38,8 +38,8 @@ class EstimateNoise(io.ComfyNode):
             node_id="PosteriorEstimateNoise",
             display_name="Estimate Noise",
             category=f"{CATEGORY}/calibration",
-            description="How much noise the photo carries, from its flattest parts, with an interval; connect sigma to Measurement from "
-            "Photo. Says so when it cannot tell.",
+            description="How much noise the photo carries, from its flattest parts, with an interval. Says so when it cannot tell. "
+            "Measurement from Photo reads it by itself when its noise is set to estimated.",
             search_aliases=["noise level", "sigma", "grain", "denoise"],
             hidden=[io.Hidden.unique_id],
             inputs=[io.Image.Input("photo", tooltip="The photo as it is: not resized, not sharpened.")],
@@ -56,8 +56,7 @@ class EstimateNoise(io.ComfyNode):
         rows = zip(found.sigma.tolist(), found.low.tolist(), found.high.tolist(), strict=True)
         lines = [f"noise {s / 2:.4f} ({low / 2:.4f} to {high / 2:.4f})" for s, low, high in rows]
         values = (float(v.mean()) / 2 for v in (found.sigma, found.low, found.high))
-        host.show_text(cls, "\n".join(lines))
-        return io.NodeOutput(*values, ui=ui.PreviewText("\n".join(lines)))
+        return io.NodeOutput(*values, ui=shown(cls, text="\n".join(lines)))
 
 
 class EstimateStripes(io.ComfyNode):
@@ -80,8 +79,7 @@ class EstimateStripes(io.ComfyNode):
         regular = "" if found.period is None else f", {found.width} wide every {found.period}, the first at {found.offset}"
         lost = 1 - found.keep[:, 0].float()
         text = f"{found.lines} lost lines, {found.orientation}{regular}"
-        host.show_text(cls, text)
-        return io.NodeOutput(lost, ui=ui.PreviewText(text))
+        return io.NodeOutput(lost, ui=shown(cls, lost[..., None].expand(-1, -1, -1, 3), text=text))
 
 
 class EstimateBlur(io.ComfyNode):
@@ -130,9 +128,8 @@ class EstimateBlur(io.ComfyNode):
             taps, sigma = gaussian_kernel(found.sigma), found.sigma
             label = f"gaussian blur of {sigma:.2f} pixels"
             text = f"sigma {sigma:.2f} pixels ({found.low:.2f} to {found.high:.2f})"
-        host.show_text(cls, text)
         recipe = OperatorRecipe(label, lambda full: Blur(taps, full, "reflect"))
-        return io.NodeOutput(recipe, sigma, ui=ui.PreviewImage(kernel_picture(taps), cls=cls))
+        return io.NodeOutput(recipe, sigma, ui=shown(cls, kernel_picture(taps), text=text))
 
 
 def spread(taps: Tensor) -> float:

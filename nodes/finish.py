@@ -1,14 +1,14 @@
 """The last step: make the picture agree with the photo, and say by how much it did."""
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..operators import ConvergenceError, Mask, Measurement
 from ..samplers import enforce_consistency, feather_holes
-from . import host
-from .measurement import measured
-from .types import CATEGORY, MeasurementType, to_image, to_signal
+from .measurement import check_result
+from .pictures import shown
+from .types import CATEGORY, MeasurementType, measured, to_image, to_signal
 
 ERROR = 0.05  # of a sampled picture, on the 0 to 1 scale
 FEATHER = 4.0  # pixels
@@ -19,7 +19,7 @@ class Finish(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PosteriorFinish",
-            display_name="Finish (A x = y)",
+            display_name="Finish",
             category=f"{CATEGORY}/measurement",
             description="Correct the decoded picture as little as possible so that it agrees with the photo: exactly when the photo is "
             "noise-free (kept pixels come back bit-exact), as far as the noise allows otherwise. Shows |A x - y| before and after.",
@@ -61,18 +61,9 @@ class Finish(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: Tensor, measurement: Measurement, error: float, feather: float = FEATHER) -> io.NodeOutput:
-        x = to_signal("image", image)
-        expected = measurement.operator.in_shape
-        if tuple(x.shape[1:]) != expected:
-            raise ValueError(
-                f"image: is {x.shape[3]} x {x.shape[2]} but the measurement's picture is {expected[2]} x {expected[1]}; connect the "
-                "decoded result of this measurement, not resized"
-            )
-        if len(measurement.y) not in (1, len(x)):
-            raise ValueError(f"image: got a batch of {len(x)} for a measurement of {len(measurement.y)}; they must be equal")
+        x = check_result("image", image, measurement)
         finished, rms, text = finish(x, measurement.to("cpu", torch.float64), error, feather)
-        host.show_text(cls, text)
-        return io.NodeOutput(finished, rms, ui=ui.PreviewText(text))
+        return io.NodeOutput(finished, rms, ui=shown(cls, finished, text=text))
 
 
 def finish(x: Tensor, measurement: Measurement, error: float = ERROR, feather: float = FEATHER) -> tuple[Tensor, float, str]:

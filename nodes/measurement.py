@@ -4,18 +4,21 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..operators import LinearOperator, Measurement, Scale, Stack
-from .types import CATEGORY, LinearOperatorType, MeasurementType, OperatorRecipe, to_image, to_signal
+from ..operators import Identity, Measurement, Product, Scale, Stack, estimate_noise_sigma
+from .pictures import beside, shown
+from .types import CATEGORY, LinearOperatorType, MeasurementType, OperatorRecipe, measured, to_image, to_signal
 
 OUTPUTS = [
     MeasurementType.Output("measurement", tooltip="The degraded photo, what happened to it, and its noise."),
     io.Image.Output("degraded", tooltip="The degraded photo as a picture; lost pixels are mid-grey."),
     io.Mask.Output("lost", tooltip="1 on the pixels of the full picture that the photo says nothing about."),
 ]
+BLOCK = 8  # pixels; the estimator of noise looks at blocks of this size
+VAGUE = 0.005  # an interval that begins below half its end says nothing, unless it ends below this: a clean photo
 
 
-def sigma_input(default: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input("sigma", default=default, min=0.0, max=1.0, step=0.005, round=0.0001, tooltip=tooltip)
+def sigma_input(tooltip: str) -> io.Float.Input:
+    return io.Float.Input("sigma", default=0.0, min=0.0, max=1.0, step=0.005, round=0.0001, tooltip=tooltip)
 
 
 class MeasureSimulate(io.ComfyNode):
@@ -26,27 +29,87 @@ class MeasureSimulate(io.ComfyNode):
             display_name="Measure (simulate)",
             category=f"{CATEGORY}/measurement",
             description="Degrade a good picture on purpose, to see how well it can be restored.",
-            search_aliases=["degrade", "simulate", "forward model", "add noise"],
+            search_aliases=["degrade", "simulate", "forward model", "add noise", "poisson noise"],
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Image.Input("image", tooltip="The good picture, full size."),
                 LinearOperatorType.Input("operator", tooltip="What shall happen to it."),
-                sigma_input(0.0, "Noise added, as a standard deviation on the 0 to 1 scale; 0.02 is a little, 0.1 a lot."),
+                io.DynamicCombo.Input(
+                    "noise",
+                    options=[
+                        io.DynamicCombo.Option(
+                            "Gaussian",
+                            [sigma_input("Standard deviation on the 0 to 1 scale; 0 is none, 0.02 is a little, 0.1 a lot.")],
+                        ),
+                        io.DynamicCombo.Option(
+                            "Poisson",
+                            [
+                                io.Float.Input(
+                                    "peak",
+                                    default=100.0,
+                                    min=1.0,
+                                    max=1e6,
+                                    step=10.0,
+                                    tooltip="Photons that white counts: 10 is very dark, 100 grainy, 1000 clean. A value v then has noise "
+                                    "sqrt(v / peak). The measurement carries one sigma for all, the root mean square of these over the "
+                                    "batch: right for |A x - y| as a whole, too large for dark values and too small for bright ones.",
+                                )
+                            ],
+                        ),
+                    ],
+                    tooltip="Gaussian: the same everywhere, as electronics make it. Poisson: counted photons, as little light makes it.",
+                ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**63 - 1, control_after_generate=True, tooltip="Seed of the noise."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=True,
+                    tooltip="Seed of the noise of the first picture; those of the next ones count up.",
                 ),
             ],
             outputs=OUTPUTS,
         )
 
     @classmethod
-    def execute(cls, image: Tensor, operator: OperatorRecipe, sigma: float, seed: int) -> io.NodeOutput:
+    def execute(cls, image: Tensor, operator: OperatorRecipe, noise: dict, seed: int) -> io.NodeOutput:
         x = to_signal("image", image)
         a = operator.bind(tuple(x.shape[1:]))
         y = a.A(x)
-        if sigma > 0:
-            draws = [torch.randn(y.shape[1:], generator=torch.Generator().manual_seed(seed + i)) for i in range(len(y))]
-            y = y + 2 * sigma * measured(a, y) * torch.stack(draws).double()
-        return output(y, a, sigma)
+        if noise["noise"] == "Poisson":
+            y, sigma = counted(y, measured(a, y), noise["peak"], seed)
+            text = f"noise {sigma:.4f}, root mean square; sqrt(v / {noise['peak']:g}) for a value v"
+        else:
+            sigma = noise["sigma"]
+            text = f"noise {sigma:.4g}"
+            if sigma > 0:
+                draws = [torch.randn(y.shape[1:], generator=of_seed(seed, i)) for i in range(len(y))]
+                y = y + 2 * sigma * measured(a, y) * torch.stack(draws).double()
+        # Users think of noise on the 0 to 1 scale; from here on everything is in [-1, 1].
+        return output(cls, Measurement(y, a, 2 * sigma), text)
+
+
+def of_seed(seed: int, i: int) -> torch.Generator:
+    """The random numbers of image i: a batch gives what its images give one by one with seeds that count up."""
+    return torch.Generator().manual_seed(seed + i)
+
+
+def counted(y: Tensor, seen: Tensor, peak: float, seed: int) -> tuple[Tensor, float]:
+    """Poisson noise: each value counts photons, `peak` of them for white.
+
+    Args:
+        y: (B, c, h, w) in [-1, 1], noise-free. Values below black, which the lobes of bicubic and Lanczos give, count nothing.
+        seen: 1 where y is a measurement, broadcastable to y; elsewhere y stays.
+
+    Returns:
+        The noisy y, and the root mean square of its noise, sqrt(mean(v) / peak), on the 0 to 1 scale. With it as the sigma of a
+        Gaussian, E ||A x - y||^2 is exact; the noise of single values is not, being sqrt(v / peak).
+    """
+    light = ((y + 1) / 2).clamp(min=0)
+    draws = [torch.poisson(peak * v, generator=of_seed(seed, i)) for i, v in enumerate(light)]
+    seen = seen.expand_as(y)
+    sigma = float((light * seen).sum() / seen.sum() / peak) ** 0.5
+    return torch.where(seen > 0, 2 * torch.stack(draws) / peak - 1, y), sigma
 
 
 class MeasurementFromPhoto(io.ComfyNode):
@@ -58,21 +121,34 @@ class MeasurementFromPhoto(io.ComfyNode):
             category=f"{CATEGORY}/measurement",
             description="Your photo is the measurement. With a downscale operator the restored picture is larger than the photo; "
             "with a mask it has the photo's size and the holes are filled.",
-            search_aliases=["restore", "my photo", "measurement", "upscale", "inpaint"],
+            search_aliases=["restore", "my photo", "measurement", "upscale", "inpaint", "deblur", "colorize", "denoise"],
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Image.Input("photo", tooltip="The degraded photo as it is. Do not resize it before."),
                 LinearOperatorType.Input("operator", tooltip="What happened to it."),
-                sigma_input(
-                    0.0,
-                    "Noise in the photo, as a standard deviation on the 0 to 1 scale. 0 trusts every pixel; 0.02 is a clean phone "
-                    "photo, 0.05 to 0.1 a grainy one.",
+                io.DynamicCombo.Input(
+                    "noise",
+                    options=[
+                        io.DynamicCombo.Option(
+                            "entered",
+                            [
+                                sigma_input(
+                                    "Noise in the photo, as a standard deviation on the 0 to 1 scale. 0 trusts every pixel; 0.02 is a "
+                                    "clean phone photo, 0.05 to 0.1 a grainy one."
+                                )
+                            ],
+                        ),
+                        io.DynamicCombo.Option("estimated", []),
+                    ],
+                    tooltip="entered: you know the noise, or it is 0. estimated: read from the photo's flattest parts and shown on the "
+                    "node; refused where the photo does not tell.",
                 ),
             ],
             outputs=OUTPUTS,
         )
 
     @classmethod
-    def execute(cls, photo: Tensor, operator: OperatorRecipe, sigma: float) -> io.NodeOutput:
+    def execute(cls, photo: Tensor, operator: OperatorRecipe, noise: dict) -> io.NodeOutput:
         y = to_signal("photo", photo)
         a = operator.bind(operator.full_shape(tuple(y.shape[1:])))
         if a.out_shape[0] == 1:
@@ -82,8 +158,50 @@ class MeasurementFromPhoto(io.ComfyNode):
                 f"photo: is {y.shape[3]} x {y.shape[2]}, but {operator.label} gives {a.out_shape[2]} x {a.out_shape[1]} from any "
                 "picture near that size; check the operator's numbers"
             )
+        seen = measured(a, y)
+        if noise["noise"] == "estimated":
+            sigma, text = estimated(y, seen)
+        else:
+            sigma = noise["sigma"]
+            text = f"noise {sigma:.4g}"
         # Whatever the photo shows where pixels are lost is no measurement.
-        return output(measured(a, y) * y, a, sigma)
+        return output(cls, Measurement(seen * y, a, 2 * sigma), text)
+
+
+def estimated(photo: Tensor, seen: Tensor) -> tuple[float, str]:
+    """The one sigma of a batch of photos, on the 0 to 1 scale, and what to say about it.
+
+    Args:
+        photo: (B, c, h, w) in [-1, 1].
+        seen: 1 where it is a measurement, of the same shape.
+
+    Raises:
+        ValueError: the photo does not tell, most of its blocks have lost pixels, or the photos of the batch differ.
+    """
+    remedy = "set noise to entered and give sigma"
+    spoilt = float(torch.nn.functional.max_pool2d(1 - seen, BLOCK, ceil_mode=True).mean())
+    if spoilt > 0.5:
+        raise ValueError(
+            f"noise: cannot be estimated, lost pixels are in {spoilt:.0%} of the photo's blocks of {BLOCK} x {BLOCK}; {remedy}"
+        )
+    try:
+        found = estimate_noise_sigma(photo)
+    except ValueError as refusal:
+        raise ValueError(f"photo:{str(refusal).removeprefix('image:')} (noise is set to estimated; or {remedy})") from refusal
+    sigma, low, high = (values.double() / 2 for values in (found.sigma, found.low, found.high))
+    vague = (high > 2 * low) & (high > VAGUE)
+    if bool(vague.any()):
+        i = int(vague.nonzero()[0])
+        raise ValueError(
+            f"photo: its noise is between {float(low[i]):.4f} and {float(high[i]):.4f} and cannot be told from its texture; {remedy}"
+        )
+    if float(low.max()) > float(high.min()):
+        raise ValueError(
+            f"photo: the photos of the batch differ in noise ({float(sigma.min()):.4f} to {float(sigma.max()):.4f}), and a measurement "
+            f"has one sigma; make a measurement of each, or {remedy}"
+        )
+    lines = [f"noise {s:.4f} ({a:.4f} to {b:.4f}), estimated" for s, a, b in zip(sigma, low, high, strict=True)]
+    return float(sigma.mean()), "\n".join(lines)
 
 
 class CombineMeasurements(io.ComfyNode):
@@ -95,7 +213,7 @@ class CombineMeasurements(io.ComfyNode):
             category=f"{CATEGORY}/measurement",
             description="Two photos of the same picture, degraded in different ways, become one measurement: a burst, or a sharp "
             "black-and-white photo with a small colour one.",
-            search_aliases=["stack", "burst", "fuse", "pansharpen"],
+            search_aliases=["stack", "burst", "fuse", "pansharpen", "super resolution", "colorize"],
             inputs=[
                 MeasurementType.Input("first", tooltip="A measurement of the picture."),
                 MeasurementType.Input("second", tooltip="Another measurement of the same picture, of the same full size."),
@@ -105,7 +223,6 @@ class CombineMeasurements(io.ComfyNode):
 
     @classmethod
     def execute(cls, first: Measurement, second: Measurement) -> io.NodeOutput:
-        parts = (first, second)
         if first.operator.in_shape != second.operator.in_shape:
             raise ValueError(
                 f"second: measures a picture of {second.operator.in_shape}, but first one of {first.operator.in_shape} (channels, "
@@ -113,6 +230,7 @@ class CombineMeasurements(io.ComfyNode):
             )
         if len(first.y) != len(second.y):
             raise ValueError(f"second: is a batch of {len(second.y)}, but first one of {len(first.y)}; they must be equal")
+        parts = [*single(first), *single(second)]
         sigmas = [part.sigma for part in parts]
         if min(sigmas) == 0 < max(sigmas):
             raise ValueError(
@@ -124,13 +242,22 @@ class CombineMeasurements(io.ComfyNode):
         scaled = [Scale(part.operator.out_shape, gain) @ part.operator for part, gain in zip(parts, gains, strict=True)]
         stack = Stack(scaled)
         y = stack.join([gain * part.y for part, gain in zip(parts, gains, strict=True)])
-        return io.NodeOutput(Measurement(y, stack, common))
+        measurement = Measurement(y, stack, common)
+        return io.NodeOutput(measurement, ui=shown(cls, degraded(measurement)))
 
 
-def measured(operator: LinearOperator, y: Tensor) -> Tensor:
-    """1 on the values of y that depend on the picture, 0 where a mask took them. (1 or B, *out_shape)."""
-    ones = torch.ones((len(y), *operator.in_shape), dtype=y.dtype)
-    return (operator.A(ones).abs() > 1e-9).to(y.dtype)
+def single(measurement: Measurement) -> list[Measurement]:
+    """The measurements that a combined one was made of, each with its own photo, operator and sigma; or the one itself."""
+    y, operator, sigma = measurement.y, measurement.operator, measurement.sigma
+    if isinstance(operator, Stack):
+        pairs = zip(operator.split(y), operator.operators, strict=True)
+        return [part for photo, own in pairs for part in single(Measurement(photo, own, sigma))]
+    if isinstance(operator, Scale):
+        return [Measurement(y / operator.gain, Identity(operator.in_shape), sigma / abs(operator.gain))]
+    if isinstance(operator, Product) and isinstance(operator.outer, Scale):
+        gain = operator.outer.gain
+        return single(Measurement(y / gain, operator.inner, sigma / abs(gain)))
+    return [measurement]
 
 
 def grey(y: Tensor) -> Tensor:
@@ -143,11 +270,36 @@ def grey(y: Tensor) -> Tensor:
     return y.mean(1, keepdim=True)
 
 
-def output(y: Tensor, operator: LinearOperator, sigma: float) -> io.NodeOutput:
-    reached = operator.A_adjoint(torch.ones_like(y)).abs().amax(1)
+def check_result(name: str, image: Tensor, measurement: Measurement) -> Tensor:
+    """A result of this measurement as a signal, (B, 3, H, W) in [-1, 1]; an image of another size or batch is refused."""
+    x = to_signal(name, image)
+    expected = measurement.operator.in_shape
+    if tuple(x.shape[1:]) != expected:
+        raise ValueError(
+            f"{name}: is {x.shape[3]} x {x.shape[2]} but the measurement's picture is {expected[2]} x {expected[1]}; connect the "
+            "decoded result of this measurement, not resized"
+        )
+    if len(measurement.y) not in (1, len(x)):
+        raise ValueError(f"{name}: got a batch of {len(x)} for a measurement of {len(measurement.y)}; they must be equal")
+    return x
+
+
+def degraded(measurement: Measurement) -> Tensor:
+    """The photos of a measurement as an IMAGE, side by side where it has several."""
+    return beside(*(photo_image(part.y) for part in single(measurement)))
+
+
+def photo_image(y: Tensor) -> Tensor:
+    """A photo, (B, c, h, w) in [-1, 1], as an IMAGE; one that is neither grey nor in colour becomes grey."""
+    return to_image(y if y.shape[1] in (1, 3) else y.mean(1, keepdim=True))
+
+
+def output(node: type[io.ComfyNode], measurement: Measurement, text: str) -> io.NodeOutput:
+    """What every node that makes a measurement gives and shows."""
+    reached = measurement.operator.A_adjoint(torch.ones_like(measurement.y)).abs().amax(1)
     lost = (reached <= 1e-9 * reached.max()).float()
-    # Users think of noise on the 0 to 1 scale; from here on everything is in [-1, 1].
-    return io.NodeOutput(Measurement(y, operator, 2 * sigma), to_image(y), lost)
+    picture = degraded(measurement)
+    return io.NodeOutput(measurement, picture, lost, ui=shown(node, picture, text=text))
 
 
 NODES = [MeasureSimulate, MeasurementFromPhoto, CombineMeasurements]

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .checks import check_choices, check_common
 from .latent_consistency import match_by_decoder, match_by_encoder, measured_entries
 from .steps import Autoencoder, ddim_step, noise_sampler, per_image, vjp
 from .weights import Bayes, Paper, Weight, over_compensated, psi, pull
@@ -71,11 +72,12 @@ def sample_cpigdm(
         w: strength of the paper's weight, >= 0.
         tau: standard deviation of the prior around its mean, in units of the state. Default 1; for "bayes" in pixels sqrt(0.1).
         reach: "dual" moves the network's input by at most reach * sigma (rms). Default 2 in pixels, 0.5 in latents.
-        eta: 0 is DDIM, 1 is DDPM noise.
+        eta: fresh noise: 0 is DDIM, 1 is DDPM; above 1 there is more, until in a step of ratio sigma_next / sigma <= 
+            sqrt(1 - 1 / eta^2) all of it is fresh.
         consistency: for latents: "decoder" moves x0 by gradients through the decoder, "encoder" by decoding, correcting the
             picture and encoding, in less memory.
-        inner_steps: for latents: consistency steps after each network call but the last one.
-        last_steps: the same after the last call.
+        inner_steps: for latents: consistency steps after each network call but that of the step to sigma 0.
+        last_steps: the same in the step to sigma 0.
         jacobian: "k" adds the network's Jacobian, frozen in the k-state, one vector-Jacobian product for each step; "vp" freezes
             it in the variance-preserving state, as the paper does.
         integrator: "conjugate" is the exact one; "euler" and "discrete" are plain PiGDM.
@@ -87,10 +89,10 @@ def sample_cpigdm(
     Raises:
         ValueError: arguments out of range, settings that exclude each other, rising sigmas, batches that do not fit.
     """
-    options = {"weight": (weight, WEIGHTS), "consistency": (consistency, CONSISTENCIES), "jacobian": (jacobian, JACOBIANS)}
-    _check_options({**options, "integrator": (integrator, INTEGRATORS)})
-    _check_numbers(w=w, tau=tau, reach=reach, eta=eta, inner_steps=inner_steps, last_steps=last_steps, lam=lam)
-    _check_run(x, sigmas, measurement)
+    check_choices({"weight": (weight, WEIGHTS), "consistency": (consistency, CONSISTENCIES)})
+    check_choices({"jacobian": (jacobian, JACOBIANS), "integrator": (integrator, INTEGRATORS)})
+    check_common(x, sigmas, measurement, eta, inner_steps, last_steps)
+    _check_numbers(w=w, tau=tau, reach=reach, lam=lam)
     plain = weight != "dual" and integrator != "conjugate"
     if weight == "dual" and (jacobian != "off" or integrator != "conjugate" or lam):
         raise ValueError('weight: "dual" goes with jacobian "off", integrator "conjugate" and lam 0 only')
@@ -117,7 +119,7 @@ def sample_cpigdm(
             x0 = model(seen, sigma.expand(len(x)), **extra_args)
         with torch.no_grad():
             denoised = x0.detach()
-            innovation, fit = space.innovation(denoised, last=i == len(sigmas) - 2)
+            innovation, fit = space.innovation(denoised, last=bool(sigma_next == 0))
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised, "residual": fit})
             target, change = method.step(seen, x0, innovation, levels[i], levels[i + 1])
@@ -321,31 +323,11 @@ def _at(f: Spectral, value: float, like: Tensor) -> Tensor:
     return f(torch.tensor(value, dtype=torch.float64)).to(like)
 
 
-def _check_options(options: dict[str, tuple[str, tuple[str, ...]]]) -> None:
-    for name, (value, choices) in options.items():
-        if value not in choices:
-            raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
-def _check_numbers(
-    *, w: float, tau: float | None, reach: float | None, eta: float, inner_steps: int, last_steps: int, lam: float
-) -> None:
+def _check_numbers(*, w: float, tau: float | None, reach: float | None, lam: float) -> None:
     if not w >= 0:
         raise ValueError(f"w: got {w}, expected a number >= 0")
     for name, value in (("tau", tau), ("reach", reach)):
         if value is not None and not value > 0:
             raise ValueError(f"{name}: got {value}, expected a number > 0")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta: got {eta}, expected a number between 0 (DDIM) and 1 (DDPM)")
-    for name, value in (("inner_steps", inner_steps), ("last_steps", last_steps)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
     if not abs(lam) < float("inf"):
         raise ValueError(f"lam: got {lam}, expected a finite number")
-
-
-def _check_run(x: Tensor, sigmas: Tensor, measurement: Any) -> None:
-    if sigmas.ndim != 1 or not bool(((sigmas[:-1] >= sigmas[1:]) & (sigmas[:-1] > 0)).all()) or float(sigmas.min()) < 0:
-        raise ValueError(f"sigmas: got {sigmas.tolist()}, expected a falling list of numbers > 0, the last one >= 0")
-    if len(measurement.y) != len(x):
-        raise ValueError(f"x: got a batch of {len(x)} for a measurement of {len(measurement.y)}, expected equal batches")

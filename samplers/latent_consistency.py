@@ -5,15 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pixels import ROUNDING
+from .pixels import ROUNDING, measured
 from .steps import Autoencoder, per_image, vjp
 
 
 def measured_entries(measurement: Any) -> Tensor:
-    """How many entries of y measure anything, (B,): the rows of A that are not zero, such as the kept pixels of a mask."""
-    operator, y = measurement.operator, measurement.y
-    probe = torch.randn(y.shape[1:], generator=torch.Generator().manual_seed(0)).to(y).expand_as(y)
-    return (operator.A(operator.A_adjoint(probe)) != 0).flatten(1).sum(1).to(y)
+    """How many values of y measure anything, (B,)."""
+    return measured(measurement.operator, measurement.y).flatten(1).sum(1)
 
 
 def match_by_decoder(

@@ -29,6 +29,24 @@ def fill_unseen(measurement: Any) -> Tensor:
     return operator.prox_l2(even, y, 1 / max(measurement.sigma, ROUNDING) ** 2)
 
 
+def measured(operator: Any, y: Tensor) -> Tensor:
+    """1 on the values of y that depend on the picture, 0 on the others, such as the lost pixels of a mask.
+
+    Those are the rows of A that are zero. Random pictures tell them apart from rows that merely sum to zero, such as those of
+    an edge filter, and from the rounding of an FFT.
+
+    Args:
+        operator: A.
+        y: (B, *out_shape), for its size, precision and device.
+
+    Returns:
+        (B, *out_shape), of the precision of y.
+    """
+    draws = torch.randn(4, *operator.in_shape, generator=torch.Generator().manual_seed(0)).to(y)
+    reached = sum(operator.A(draw.expand(len(y), *draw.shape).contiguous()).abs() for draw in draws)
+    return (reached > 8 * torch.finfo(y.dtype).eps * reached.max()).to(y)
+
+
 def enforce_consistency(x: Tensor, measurement: Any, error: float, sweeps: int = 20) -> Tensor:
     """Correct x as little as possible so that it agrees with y.
 

@@ -7,8 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .checks import check_choices, check_common
 from .latent_consistency import match_by_decoder, measured_entries
 from .steps import Autoencoder, ddim_step, noise_sampler, per_image, vjp
+
+GLUES, RULES = ("pinv", "adjoint", "goodness"), ("paper", "line_search")
 
 
 def psld_residuals(
@@ -83,21 +86,23 @@ def sample_psld(
         omega: weight of the measurement term ||A D(z0) - y||: a number, or a matrix (d, d), d = c h w, that multiplies its
             gradient (the matrix steps of the paper's theory). With rule = "line_search" the share of the found step, a number.
         gamma: the same for the gluing term ||E(A^+ y + (I - A^+ A) D(z0)) - z0||; 0 with rule = "line_search".
-        eta: 0 is DDIM, 1 is DDPM noise.
+        eta: fresh noise: 0 is DDIM, 1 is DDPM.
         glue: "pinv"; "adjoint" for the letter of the paper; "goodness" for ||E(D(z0)) - z0||.
         squared: squared norms, as in the paper's theory (section 3.2); its experiments, and the default, use plain norms.
         rule: "paper" or "line_search".
-        inner_steps: steps of conjugate gradients in each step but the last; used by rule = "line_search" only.
-        last_steps: the same in the last step.
+        inner_steps: steps of conjugate gradients in each step but that to sigma 0; used by rule = "line_search" only.
+        last_steps: the same in the step to sigma 0.
 
     Returns:
         x at sigmas[-1], (B, c, h, w), detached.
 
     Raises:
-        ValueError: negative weights, an eta outside [0, 1], an unknown glue or rule, weights the rule has no use for, rising
+        ValueError: negative weights, a negative eta, an unknown glue or rule, weights the rule has no use for, rising
             sigmas, batches that do not fit.
     """
-    _check(x, sigmas, measurement, omega, gamma, eta, glue, rule, inner_steps, last_steps)
+    check_choices({"glue": (glue, GLUES), "rule": (rule, RULES)})
+    check_common(x, sigmas, measurement, eta, inner_steps, last_steps)
+    _check_weights(x, omega, gamma, rule)
     glued = glue if isinstance(gamma, Tensor) or gamma > 0 else None
     extra_args = extra_args or {}
     noise = noise_sampler(x, extra_args.get("seed"))
@@ -115,7 +120,7 @@ def sample_psld(
                 z = z0.detach().requires_grad_()
                 fit, gap = psld_residuals(z, measurement, autoencoder, glued)
                 terms = [(omega, fit)] if gap is None else [(omega, fit), (gamma, gap)]
-                step = _weighted_gradient(x, z0, z, terms, squared)
+                step = _weighted_gradient(x, z0, z, terms, squared, scale=measurement.y[0].numel() ** 0.5)
             # Algorithm 2 steps in the variance-preserving state z = x / c, c = sqrt(1 + sigma^2): grad_z = c grad_x, and a
             # step of z after the move to sigma_next is c_next times that step of x.
             step = -((1 + sigma**2) * (1 + sigma_next**2)).sqrt() * step
@@ -128,38 +133,14 @@ def sample_psld(
     return x
 
 
-def _check(
-    x: Tensor,
-    sigmas: Tensor,
-    measurement: Any,
-    omega: float | Tensor,
-    gamma: float | Tensor,
-    eta: float,
-    glue: str,
-    rule: str,
-    inner_steps: int,
-    last_steps: int,
-) -> None:
+def _check_weights(x: Tensor, omega: float | Tensor, gamma: float | Tensor, rule: str) -> None:
     for name, value in (("omega", omega), ("gamma", gamma)):
         if isinstance(value, Tensor) and value.shape != (x[0].numel(),) * 2:
             raise ValueError(f"{name}: got a matrix {tuple(value.shape)}, expected ({x[0].numel()}, {x[0].numel()})")
         if not isinstance(value, Tensor) and not 0 <= value < float("inf"):
             raise ValueError(f"{name}: got {value}, expected a finite number >= 0, or a matrix")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta: got {eta}, expected a number between 0 (DDIM) and 1 (DDPM)")
-    if glue not in ("pinv", "adjoint", "goodness"):
-        raise ValueError(f'glue: got {glue!r}, expected "pinv", "adjoint" or "goodness"')
-    if rule not in ("paper", "line_search"):
-        raise ValueError(f'rule: got {rule!r}, expected "paper" or "line_search"')
     if rule == "line_search" and (isinstance(omega, Tensor) or isinstance(gamma, Tensor) or gamma > 0):
         raise ValueError('omega, gamma: with rule "line_search" omega is a number and gamma 0; it has no gluing term')
-    for name, value in (("inner_steps", inner_steps), ("last_steps", last_steps)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
-    if sigmas.ndim != 1 or not bool(((sigmas[:-1] >= sigmas[1:]) & (sigmas[:-1] > 0)).all()) or float(sigmas.min()) < 0:
-        raise ValueError(f"sigmas: got {sigmas.tolist()}, expected a falling list of numbers > 0, the last one >= 0")
-    if len(measurement.y) not in (1, len(x)):
-        raise ValueError(f"x: got a batch of {len(x)} for a measurement of {len(measurement.y)}, expected equal batches")
 
 
 class LineSearch:
@@ -188,16 +169,25 @@ class LineSearch:
         return per_image(torch.minimum((size / length.clamp(min=tiny)) ** 2, longest / length.clamp(min=tiny)), x) * back, fit
 
 
-def _weighted_gradient(x: Tensor, z0: Tensor, z: Tensor, terms: list[tuple[float | Tensor, Tensor]], squared: bool) -> Tensor:
-    """sum_k W_k grad_x n_k (or n_k^2) over (W_k, n_k), where the norms n_k are functions of z, a detached copy of z0(x)."""
+def _weighted_gradient(
+    x: Tensor, z0: Tensor, z: Tensor, terms: list[tuple[float | Tensor, Tensor]], squared: bool, scale: float
+) -> Tensor:
+    """sum_k W_k grad_x n_k (or n_k^2) over (W_k, n_k), where the norms n_k are functions of z, a detached copy of z0(x).
+
+    The gradient of a norm has entries of about 1 / sqrt(values), small enough to vanish in a float16 autoencoder: `scale` takes
+    them to about 1 on their way to z.
+    """
+
+    def back(loss: Tensor, retain_graph: bool) -> Tensor:
+        (gradient,) = torch.autograd.grad(scale * loss.sum(), z, retain_graph=retain_graph)
+        return vjp(z0, x, gradient / scale, retain_graph=retain_graph)
+
     losses = [(weight, norm**2 if squared else norm) for weight, norm in terms]
     if not any(isinstance(weight, Tensor) for weight, _ in losses):
-        total = sum(weight * loss for weight, loss in losses)
-        return vjp(z0, x, torch.autograd.grad(total.sum(), z)[0])
+        return back(sum(weight * loss for weight, loss in losses), retain_graph=False)
     step = torch.zeros_like(x)
     for weight, loss in losses:
-        (gradient,) = torch.autograd.grad(loss.sum(), z, retain_graph=True)
-        gradient = vjp(z0, x, gradient, retain_graph=True)
+        gradient = back(loss, retain_graph=True)
         weighted = gradient.flatten(1) @ weight.T if isinstance(weight, Tensor) else weight * gradient
         step = step + weighted.reshape(x.shape)
     return step

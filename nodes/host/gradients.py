@@ -7,19 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .internals import without
+
 
 @contextlib.contextmanager
 def gradients() -> Iterator[None]:
     """Run with autograd inside ComfyUI's inference mode; some model families also switch off fused in-place kernels."""
     import comfy.model_management as mm
 
-    before = mm.in_training
-    mm.in_training = True
+    switch = {name: getattr(mm, name) for name in ("in_training",) if hasattr(mm, name)}
+    vars(mm).update(dict.fromkeys(switch, True))
     try:
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        mm.in_training = before
+        vars(mm).update(switch)
 
 
 def normal_weights(module: torch.nn.Module, differentiated: bool = True) -> int:
@@ -34,14 +36,17 @@ def normal_weights(module: torch.nn.Module, differentiated: bool = True) -> int:
     Returns:
         How many tensors were replaced.
     """
-    from comfy.quant_ops import QuantizedTensor
+    quantised: tuple[type, ...] = ()
+    with without("telling quantised weights, whose gradient is wrong"):
+        from comfy.quant_ops import QuantizedTensor
 
+        quantised = (QuantizedTensor,)
     assert not torch.is_inference_mode_enabled(), "aliases made in inference mode would be inference tensors again"
     replaced = 0
     for owner in module.modules():
         for tensors in (owner._parameters, owner._buffers):
             for name, old in tensors.items():
-                if isinstance(old, QuantizedTensor):
+                if isinstance(old, quantised):
                     if not differentiated:
                         continue
                     raise ValueError(

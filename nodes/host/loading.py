@@ -28,7 +28,7 @@ def static_patcher(patcher: Any, what: str) -> Any:
 
     A paged weight may be gone or overwritten when the backward pass reads it. The host keeps the twin for its next use.
     """
-    if not patcher.is_dynamic():
+    if not paged(patcher):
         return patcher
     try:
         return patcher.get_non_dynamic_delegate()
@@ -39,23 +39,31 @@ def static_patcher(patcher: Any, what: str) -> Any:
         ) from error
 
 
+def paged(patcher: Any) -> bool:
+    """Whether the host pages the weights of a patcher."""
+    return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
+
+
 def static_control(control: Any, model: Any) -> Any:
     """The control itself, or when the host pages its weights, or those of one it follows, a copy of the chain that stays."""
     import comfy.model_management as mm
 
-    if control is None or not any(patcher.is_dynamic() for patcher in control.get_models()):
+    if control is None or not any(paged(patcher) for patcher in control.get_models()):
         return control
+    stuck = ValueError(
+        f"the {type(control).__name__} is under dynamic VRAM and cannot be copied out of it; start ComfyUI with "
+        "--disable-dynamic-vram"
+    )
+    if not hasattr(control, "deepclone_multigpu"):
+        raise stuck
     previous = static_control(control.previous_controlnet, model)
-    twin, paged = control.copy(), [patcher for patcher in control.get_models_only_self() if patcher.is_dynamic()]
-    for patcher in paged:
+    twin = control.copy()
+    for patcher in filter(paged, control.get_models_only_self()):
         # No loader remembers where a ControlNet came from. The host's own copy for another device has a plain patcher.
         mm.unload_model_and_clones(patcher)
         twin = control.deepclone_multigpu(patcher.load_device)
-        if any(patcher.is_dynamic() or _incomplete(patcher.model) for patcher in twin.get_models_only_self()):
-            raise ValueError(
-                f"the {type(control).__name__} is under dynamic VRAM and cannot be copied out of it; start ComfyUI with "
-                "--disable-dynamic-vram"
-            )
+        if any(paged(patcher) or _incomplete(patcher.model) for patcher in twin.get_models_only_self()):
+            raise stuck
     twin.set_previous_controlnet(previous)
     twin.pre_run(model, model.model_sampling.percent_to_sigma)
     return twin

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .gradients import differentiable_options, gradients
+from .internals import missing, without
 
 MODES = ("fastest", "balanced", "lowest")
 USABLE = 0.9  # of free memory: allocators fragment
@@ -220,7 +221,10 @@ def estimate(
     Raises:
         RuntimeError: the network needs inputs that only its own conditioning can give.
     """
-    from comfy.model_management import InterruptProcessingException, module_size
+    try:
+        from comfy.model_management import InterruptProcessingException, module_size
+    except ImportError as error:
+        raise RuntimeError(f"memory cannot be estimated: this ComfyUI has no {missing(error)}") from error
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with gradients():  # quantised weights cannot be listed in inference mode
@@ -358,7 +362,9 @@ def free_memory(device: torch.device) -> int:
     """Bytes free on the compute device."""
     import comfy.model_management as mm
 
-    return int(mm.get_free_memory(device))
+    with without("knowing how much memory is free"):
+        return int(mm.get_free_memory(device))
+    return 0  # then as little is kept as can be
 
 
 def room(device: torch.device, weights: int) -> int:
@@ -375,7 +381,8 @@ def release_memory() -> None:
     """Give what is cached and unused back to the device."""
     import comfy.model_management as mm
 
-    mm.soft_empty_cache()
+    with without("giving cached memory back"):
+        mm.soft_empty_cache()
 
 
 def out_of_memory(error: BaseException) -> bool:

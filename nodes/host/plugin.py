@@ -14,6 +14,7 @@ from ..types import measured
 from . import guard
 from .codec import Codec, check_sizes, check_vae
 from .gradients import differentiable_options, gradients, normal_tensors
+from .internals import naming_what_is_missing
 from .loading import Loaded, control_networks, controls, resident
 from .memory import GIB, MODES, Estimate, estimate, free_memory, out_of_memory, recomputing, release_memory
 from .readout import Readout, throw_if_interrupted
@@ -54,6 +55,7 @@ def stock_sampler(
     return KSAMPLER(run_on_host, {"solve": solve, "measurement": measurement, "vae": vae, "options": options, **given})
 
 
+@naming_what_is_missing()
 def run_on_host(
     model: Any,
     x: Tensor,

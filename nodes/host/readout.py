@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..plot import residual_plot
+from .internals import without
 
 POINTS = 10  # of the curve that are shown
 
@@ -27,15 +28,19 @@ def node_id(node: Any) -> str | None:
     return getattr(getattr(node, "hidden", None), "unique_id", None)
 
 
-def send_text(unique_id: str | None, text: str) -> None:
-    """Show a text on any node."""
-    from server import PromptServer
+def send_text(unique_id: str | None, text: str) -> bool:
+    """Show a text on any node. False where this ComfyUI cannot."""
+    with without("texts on nodes"):
+        from server import PromptServer
 
-    instance = getattr(PromptServer, "instance", None)
-    if instance is not None and unique_id is not None:
-        instance.send_progress_text(text, unique_id)
+        instance = getattr(PromptServer, "instance", None)
+        if instance is not None and unique_id is not None:
+            instance.send_progress_text(text, unique_id)
+        return True
+    return False
 
 
+@without("pictures on nodes while they run")
 def send_picture(unique_id: str | None, image: Tensor) -> None:
     """Show an IMAGE (1, H, W, 3) on any node, as ComfyUI shows what samplers preview. Only the page that asked gets it."""
     from comfy_api import feature_flags
@@ -125,5 +130,7 @@ class Readout:
         return f" (noise {self.noise:.3g})" if self.noise else ""
 
     def _send(self, line: str) -> None:
-        if self.unique_id is not None:
-            send_text(self.unique_id, "\n".join(text for text in (line, *self.notes) if text))
+        if self.unique_id is not None and not send_text(
+            self.unique_id, "\n".join(text for text in (line, *self.notes) if text)
+        ):
+            self.unique_id = None  # once is enough

@@ -4,6 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
+from .internals import without
+
+DEFAULT_SCHEDULER = "ddim_uniform"
+
 
 def sigmas_of(model: Any, steps: int, scheduler: str) -> Tensor:
     """The host's noise levels for a MODEL, (steps + 1,), the last 0.
@@ -25,7 +29,9 @@ def schedulers() -> list[str]:
     """Names of the host's schedulers."""
     import comfy.samplers
 
-    return list(comfy.samplers.SCHEDULER_NAMES)
+    with without("a choice of schedulers"):
+        return list(comfy.samplers.SCHEDULER_NAMES)
+    return [DEFAULT_SCHEDULER]
 
 
 def sample_latents(
@@ -53,9 +59,16 @@ def sample_latents(
     import comfy.model_management
     import comfy.sample
     import comfy.samplers
-    import comfy.utils
-    import latent_preview
 
+    preview, bar = None, True
+    with without("previews of Restore"):
+        import latent_preview
+
+        preview = latent_preview.prepare_callback(model, len(sigmas) - 1)
+    with without("the switch for progress bars"):
+        import comfy.utils
+
+        bar = comfy.utils.PROGRESS_BAR_ENABLED
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
@@ -66,8 +79,8 @@ def sample_latents(
         sampler,
         sigmas,
         denoise_mask=None,
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        callback=preview,
+        disable_pbar=not bar,
         seed=seed,
     )
     return samples.to(comfy.model_management.intermediate_device())

@@ -1,10 +1,11 @@
 """Blur: a Gaussian, a movement, a disk, or any picture of a point."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
 from ...operators import Blur, disk_kernel, gaussian_kernel, image_kernel, motion_kernel
 from ...operators.base import Shape
+from ..pictures import shown
 from ..types import CATEGORY, OperatorRecipe
 from .sockets import FIRST, RESULT, seed_input
 
@@ -130,12 +131,9 @@ class BlurOperator(io.ComfyNode):
             return Blur(taps, full, boundary)
 
         recipe = OperatorRecipe(f"{kind} blur", bind).after(operator)
-        return io.NodeOutput(recipe, ui=ui.PreviewImage(kernel_picture(taps), cls=cls))
+        return io.NodeOutput(recipe, ui=shown(cls, kernel_picture(taps)))
 
 
 def kernel_picture(taps: Tensor) -> Tensor:
-    """A kernel as an IMAGE, its peak white, enlarged so that single taps can be seen."""
-    scale = max(1, 128 // max(taps.shape))
-    picture = (taps / taps.max()).clamp(0, 1).float()
-    picture = picture.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-    return picture[None, :, :, None].expand(-1, -1, -1, 3)
+    """A kernel as an IMAGE, its peak white."""
+    return (taps / taps.max()).clamp(0, 1).float()[None, :, :, None].expand(-1, -1, -1, 3)

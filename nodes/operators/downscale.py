@@ -6,8 +6,9 @@ from comfy_api.latest import io
 
 from ...operators import AreaDownscale, BicubicDownscale, LanczosDownscale
 from ...operators.base import Shape
+from ..pictures import shown
 from ..types import CATEGORY, OperatorRecipe
-from .sockets import FIRST, RESULT
+from .sockets import FIRST, RESULT, example
 
 
 class Downscale(io.ComfyNode):
@@ -50,4 +51,4 @@ class Downscale(io.ComfyNode):
             return shape[0], *(math.floor(n * factor + 1e-6) for n in shape[1:])
 
         recipe = OperatorRecipe(f"{kind} downscaling by {factor:g}", lambda full: make(full, factor), full_shape)
-        return io.NodeOutput(recipe.after(operator))
+        return io.NodeOutput(recipe.after(operator), ui=shown(cls, example(recipe)))

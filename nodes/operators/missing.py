@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
 from ...operators import Mask, box_mask, random_mask, stripe_mask
 from ...operators.base import Shape
+from ..pictures import shown
 from ..types import CATEGORY, OperatorRecipe
 from .sockets import FIRST, RESULT, seed_input
 
@@ -72,7 +73,9 @@ class MissingPixels(io.ComfyNode):
                             [
                                 pixels("period", 16, 0, "Lines from one stripe to the next; 0 for no regular stripes."),
                                 pixels("width", 2, 1, "Lines lost in each stripe."),
-                                io.Int.Input("offset", default=0, min=-16384, max=16384, tooltip="First lost line."),
+                                io.Int.Input(
+                                    "offset", default=0, min=-16384, max=16384, advanced=True, tooltip="First lost line."
+                                ),
                                 io.Combo.Input(
                                     "direction",
                                     options=["horizontal", "vertical", "both"],
@@ -85,9 +88,10 @@ class MissingPixels(io.ComfyNode):
                                     min=0.0,
                                     max=0.99,
                                     step=0.01,
+                                    advanced=True,
                                     tooltip="Share of all lines lost at random besides.",
                                 ),
-                                seed_input("Seed of the random lines."),
+                                seed_input("Seed of the random lines.", advanced=True),
                             ],
                         ),
                     ],
@@ -103,9 +107,7 @@ class MissingPixels(io.ComfyNode):
         # Made once here too: wrong numbers are then this node's error, and the node shows the pattern.
         preview = keep(shape)
         recipe = OperatorRecipe(label, lambda full: Mask(keep(full), channels=full[0])).after(operator)
-        return io.NodeOutput(
-            recipe, ui=ui.PreviewImage(preview.mean(1, keepdim=True).movedim(1, -1).expand(-1, -1, -1, 3), cls=cls)
-        )
+        return io.NodeOutput(recipe, ui=shown(cls, preview.mean(1, keepdim=True).movedim(1, -1).expand(-1, -1, -1, 3)))
 
     @classmethod
     def _pattern(cls, given: dict) -> tuple[str, Callable[[Shape], Tensor], Shape]:

@@ -4,8 +4,9 @@ import torch
 from comfy_api.latest import io
 
 from ...operators import Grayscale, Identity
+from ..pictures import shown
 from ..types import CATEGORY, OperatorRecipe
-from .sockets import FIRST, RESULT
+from .sockets import FIRST, RESULT, example
 
 
 class GrayscaleOperator(io.ComfyNode):
@@ -53,7 +54,8 @@ class GrayscaleOperator(io.ComfyNode):
             chosen: str | tuple[float, ...] = tuple((values / values.sum()).tolist())
         else:
             chosen = kind.removeprefix("Rec.")
-        return io.NodeOutput(OperatorRecipe("black and white", lambda full: Grayscale(full, chosen)).after(operator))
+        recipe = OperatorRecipe("black and white", lambda full: Grayscale(full, chosen))
+        return io.NodeOutput(recipe.after(operator), ui=shown(cls, example(recipe)))
 
 
 class NoiseOnly(io.ComfyNode):
@@ -71,4 +73,5 @@ class NoiseOnly(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(OperatorRecipe("noise only", Identity))
+        recipe = OperatorRecipe("noise only", Identity)
+        return io.NodeOutput(recipe, ui=shown(cls, example(recipe)))

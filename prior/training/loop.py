@@ -1,6 +1,7 @@
 """The training loop: two processes of one thread each, resumable at any moment, bitwise as if it had never stopped."""
 
 import csv
+import json
 import os
 import time
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -125,6 +127,46 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
         part.chmod(0o644)
 
 
+def save_checkpoint(
+    path: Path, task: Task, average: Average, both: list[torch.optim.Optimizer], progress: Mapping[str, float]
+) -> None:
+    """Write all that a training goes on from: data only, one .safetensors file.
+
+    metadata   progress: JSON of the numbers in `progress`
+    tensors    network.KEY, average.NUMBER, optimiser.WHICH.PARAMETER.NAME, running.NAME
+    """
+    tensors = {f"network.{key}": value for key, value in task.network.state_dict().items()}
+    tensors |= {f"average.{i}": mean for i, mean in enumerate(average.mean)}
+    for which, optimiser in enumerate(both):
+        for parameter, state in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{which}.{parameter}.{name}": value for name, value in state.items()}
+    tensors |= {f"running.{name}": value for name, value in task.running.items()}
+    with whole(path) as part:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, part, {"progress": json.dumps(progress)})
+
+
+def load_checkpoint(path: Path, task: Task, average: Average, both: list[torch.optim.Optimizer]) -> dict[str, float]:
+    """Set everything as it was, and return the progress."""
+    groups: dict[str, dict[str, Tensor]] = {"network": {}, "average": {}, "optimiser": {}, "running": {}}
+    with safe_open(path, "pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+        for key in file.keys():  # noqa: SIM118 - it is no dict
+            group, name = key.split(".", 1)
+            groups[group][name] = file.get_tensor(key).clone()  # not a view of the file, which will be written again
+    task.network.load_state_dict(groups["network"])
+    torch._foreach_copy_(average.mean, [groups["average"][str(i)] for i in range(len(average.mean))])
+    for which, optimiser in enumerate(both):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in groups["optimiser"].items():
+            owner, parameter, name = key.split(".", 2)
+            if int(owner) == which:
+                state.setdefault(int(parameter), {})[name] = value
+        # The rest of an optimiser is the plan's, not the checkpoint's.
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    task.running = groups["running"]
+    return progress
+
+
 def save_sheet(pictures: Tensor, path: Path, columns: int = 8) -> None:
     """Write pictures (N, 3, H, W) in [0, 1] as one PNG; N is a multiple of the columns."""
     n, _, h, w = pictures.shape
@@ -151,16 +193,11 @@ def train(task: Task, plan: Plan, folder: Path, seed: int = 0) -> None:
     network = task.network
     average = Average(network, plan.ema)
     both = optimisers(network, plan.muon, plan.adam)
-    checkpoint = folder / f"{task.name}.pt"
+    checkpoint = folder / f"{task.name}.checkpoint.safetensors"
     step, seconds, cpu, pictures = 0, 0.0, 0.0, 0
     if checkpoint.exists():
-        saved = torch.load(checkpoint)
-        network.load_state_dict(saved["network"])
-        torch._foreach_copy_(average.mean, saved["average"])
-        for optimiser, state in zip(both, saved["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
-        task.running = saved["running"]
-        step, seconds, cpu, pictures = saved["step"], saved["seconds"], saved["cpu"], saved["pictures"]
+        saved = load_checkpoint(checkpoint, task, average, both)
+        step, seconds, cpu, pictures = int(saved["step"]), saved["seconds"], saved["cpu"], int(saved["pictures"])
     log = Log(folder / f"{task.name}.csv", step)
     flat, extra = flat_gradients(network, 3 + len(task.statistics))
     began, cpu_began = time.monotonic() - seconds, time.process_time() - cpu
@@ -174,20 +211,8 @@ def train(task: Task, plan: Plan, folder: Path, seed: int = 0) -> None:
         row = {"step": step, "pictures": pictures, "seconds": round(now), "cpu": round(used), "rate": plan.rate(step)}
         log.add({**row, "loss": sum(losses) / max(1, len(losses)), **measured})
         losses = []
-        with whole(checkpoint) as part:
-            torch.save(
-                {
-                    "network": network.state_dict(),
-                    "average": average.mean,
-                    "optimisers": [optimiser.state_dict() for optimiser in both],
-                    "running": task.running,
-                    "step": step,
-                    "seconds": now,
-                    "cpu": used,
-                    "pictures": pictures,
-                },
-                part,
-            )
+        progress = {"step": step, "seconds": now, "cpu": used, "pictures": pictures}
+        save_checkpoint(checkpoint, task, average, both, progress)
 
     last = time.monotonic()
     while step < plan.steps:

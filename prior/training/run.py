@@ -1,6 +1,6 @@
 """Train the demo prior from nothing: `python -m prior.training`, or `--pixel` for its sibling on 32 x 32 pixels.
 
-Stops and goes on at any moment: run it again. Each stage keeps in the folder its checkpoint (.pt), a table of the training
+Stops and goes on at any moment: run it again. Each stage keeps in the folder its checkpoint, a table of the training
 (.csv), a sample sheet (.png) and an export (.safetensors), all renewed every few minutes.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..networks import MULTIPLIERS, PIXEL_MULTIPLIERS, PIXEL_SIDE, Autoencoder
@@ -48,16 +48,16 @@ def arguments() -> argparse.Namespace:
 
 def latents(folder: Path, autoencoder: Autoencoder, pictures: Tensor, rank: int) -> Tensor:
     """Latents of this process's share of the pictures, kept in a file for as long as the autoencoder stays the same."""
-    path = folder / f"latents-{rank}.pt"
+    path = folder / f"latents-{rank}.safetensors"
     weights = torch.cat([p.flatten() for p in autoencoder.parameters()])
     mark = torch.stack([weights.double().sum(), weights.double().square().sum(), torch.tensor(float(len(pictures)))])
     if path.exists():
-        saved = torch.load(path)
+        saved = load_file(path)
         if torch.equal(saved["mark"], mark):
             return saved["latents"]
     z = encode(autoencoder.encoder, pictures)
     with whole(path) as part:
-        torch.save({"latents": z, "mark": mark}, part)
+        save_file({"latents": z.contiguous(), "mark": mark}, part)
     return z
 
 

@@ -319,6 +319,14 @@ def test_weight_zero_is_ddim_and_infinite_weight_is_ddnm() -> None:
         torch.testing.assert_close(run(y, operator, x, weight="paper", w=w), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_several_samples_of_one_photo(options: dict[str, Any]) -> None:
+    operator, x = OPERATORS["area"], 5 * torch.randn(2, *IMAGE, dtype=F64, generator=generator(1))
+    one = truth(operator)
+    shared, each = (run(y, operator, x, 0.1, **options) for y in (one, one.expand(2, -1, -1, -1).contiguous()))
+    assert torch.equal(shared, each)
+
+
 def test_same_seed_same_result() -> None:
     operator, x = OPERATORS["area"], 5 * torch.randn(1, *IMAGE, dtype=F64, generator=generator(1))
     first, again, other = (run(truth(operator), operator, x, seed=s, eta=1.0) for s in (1, 1, 2))
@@ -411,7 +419,7 @@ def test_the_tilt_stays_within_reach() -> None:
         ({"w": math.nan}, "w: got nan"),
         ({"tau": 0.0}, "tau: got 0.0, expected a number > 0"),
         ({"reach": -1.0}, "reach: got -1.0"),
-        ({"eta": 1.5}, "eta: got 1.5"),
+        ({"eta": math.inf}, "eta: got inf"),
         ({"inner_steps": 0}, "inner_steps: got 0"),
         ({"last_steps": 0}, "last_steps: got 0"),
         ({"lam": math.inf, "weight": "paper"}, "lam: got inf"),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from operators import AreaDownscale, Blur, Grayscale, Identity, Mask, Measurement, Scale, Stack, gaussian_kernel
-from samplers import enforce_consistency, feather_holes, fill_unseen
+from operators import AreaDownscale, Blur, Dense, Grayscale, Identity, Mask, Measurement, Scale, Stack, gaussian_kernel
+from samplers import enforce_consistency, feather_holes, fill_unseen, measured
 
 
 def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -152,3 +152,26 @@ def test_fill_takes_the_gain_of_a_measurement_into_account() -> None:
     stack = Stack([mask, Scale((3, 8, 8), 0.2) @ mask])
     x = torch.full((1, 3, 8, 8), 0.8, dtype=torch.float64)
     torch.testing.assert_close(fill_unseen(Measurement(stack.A(x), stack, 0.05)), x, rtol=0, atol=1e-6)
+
+
+# What is measured -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_measured_are_the_rows_that_are_not_zero(precision: torch.dtype) -> None:
+    keep = uniform(2, 1, 7, 5) < 0
+    y = torch.zeros(2, 3, 7, 5, dtype=precision)
+    assert torch.equal(measured(Mask(keep), y), keep.expand_as(y).to(precision))
+    # Two rows that sum to zero, and one that is zero.
+    matrix = torch.tensor([[1.0, -1, 0, 0], [0, 0, 0, 0], [0.5, 0, -1, 0.5]], dtype=torch.float64)
+    found = measured(Dense(matrix, (1, 2, 2), (1, 1, 3)), torch.zeros(1, 1, 1, 3, dtype=precision))
+    assert found.flatten().tolist() == [1, 0, 1]
+
+
+def test_measured_counts_what_a_noisy_photo_of_several_adds() -> None:
+    """Scaled to the noise of the better photo the other one's rows are small, but not zero; an FFT's rounding is."""
+    mask = Mask(uniform(1, 1, 32, 32) < 0.5)
+    blurred = mask @ Blur(gaussian_kernel(1.0), (3, 32, 32), "circular")
+    stack = Stack([Identity((3, 32, 32)), Scale((3, 32, 32), 1e-3) @ blurred])
+    y = torch.zeros(1, *stack.out_shape)
+    assert int(measured(stack, y).sum()) == 3 * 32 * 32 + 3 * int(mask.keep.sum())

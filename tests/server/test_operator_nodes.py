@@ -52,7 +52,7 @@ def prompt_with(*operators: tuple[str, dict[str, Any]], sigma: float = 0.0) -> P
         inputs = {**values, **({} if previous is None else {"operator": [previous, 0]})}
         previous = f"op{i}"
         prompt[previous] = {"class_type": kind, "inputs": inputs, "_meta": {"title": f"Operator {i}"}}
-    measure = {"image": ["1", 0], "operator": [previous, 0], "sigma": sigma, "seed": 5}
+    measure = {"image": ["1", 0], "operator": [previous, 0], "noise": "Gaussian", "noise.sigma": sigma, "seed": 5}
     prompt["2"] = {"class_type": "PosteriorMeasureSimulate", "inputs": measure, "_meta": {"title": "Measure"}}
     prompt["3"] = {"class_type": "PreviewImage", "inputs": {"images": ["2", 1]}, "_meta": {"title": "Degraded"}}
     return prompt
@@ -178,7 +178,7 @@ def test_blur_is_estimated_from_an_edge(server: Server) -> None:
     edge = {"destination": ["dark", 0], "source": ["bright", 0], "x": 64, "y": 0, "operation": "add"}
     prompt["edge"] = {"class_type": "MaskComposite", "inputs": edge, "_meta": {"title": "edge"}}
     prompt["1"] = {"class_type": "MaskToImage", "inputs": {"mask": ["edge", 0]}, "_meta": {"title": "Truth"}}
-    prompt["2"]["inputs"]["sigma"] = 0.005
+    prompt["2"]["inputs"]["noise.sigma"] = 0.005
     prompt["e"] = {
         "class_type": "PosteriorEstimateBlur",
         "inputs": {"photo": ["2", 1], "method": "edge"},
@@ -202,7 +202,7 @@ def test_blur_is_estimated_from_a_point(server: Server) -> None:
     inputs = {"photo": ["2", 1], "method": "point"}
     prompt["e"] = {"class_type": "PosteriorEstimateBlur", "inputs": inputs, "_meta": {"title": "Estimate"}}
     prompt["o"] = {"class_type": "PosteriorDemoPictures", "inputs": {"first": 0, "count": 1}, "_meta": {"title": "Other"}}
-    again = {"image": ["o", 0], "operator": ["e", 0], "sigma": 0.0, "seed": 0}
+    again = {"image": ["o", 0], "operator": ["e", 0], "noise": "Gaussian", "noise.sigma": 0.0, "seed": 0}
     prompt["n"] = {"class_type": "PosteriorMeasureSimulate", "inputs": again, "_meta": {"title": "Again"}}
     prompt["p"] = {"class_type": "PreviewImage", "inputs": {"images": ["n", 1]}, "_meta": {"title": "Blurred"}}
     box = torch.ones(3, 3, dtype=torch.float64) / 9  # the point is three pixels wide, which adds to the blur

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.server_prompts import ROOT, WORKFLOWS
+from support.server_prompts import ROOT, TEMPLATES
 
 from dev.make_templates import WIDGETS, flat_inputs, render
 from dev.server import PACK, Server
@@ -61,21 +61,21 @@ def test_every_text_is_there(own: Info) -> None:
 
 
 def test_templates_are_offered(server: Server) -> None:
-    assert sorted(server.get_json("/workflow_templates")[PACK]) == WORKFLOWS
-    for name in WORKFLOWS:
+    assert sorted(server.get_json("/workflow_templates")[PACK]) == TEMPLATES
+    for name in TEMPLATES:
         offered = server.get_json(f"/api/workflow_templates/{PACK}/{name}.json")
         assert offered == json.loads((ROOT / "workflows" / f"{name}.json").read_text())
 
 
 def test_templates_are_up_to_date(object_info: Info) -> None:
     files = render(object_info)
-    written = {path for folder in ("workflows", "workflows/api") for path in (ROOT / folder).glob("*.json")}
+    written = {path for folder in ("workflows", "workflows/api", "subgraphs") for path in (ROOT / folder).glob("*.json")}
     assert set(files) == written
     for path, text in files.items():
         assert path.read_text() == text, f"{path.relative_to(ROOT)}: run `python dev/make_templates.py`"
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS)
+@pytest.mark.parametrize("workflow", TEMPLATES)
 def test_api_twins_fit_the_nodes(workflow: str, object_info: Info) -> None:
     prompt = json.loads((ROOT / "workflows" / "api" / f"{workflow}.json").read_text())
     for node in prompt.values():
@@ -92,7 +92,7 @@ def test_api_twins_fit_the_nodes(workflow: str, object_info: Info) -> None:
                 assert known[name] in WIDGETS, f"{place}, {name}: must be linked"
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS)
+@pytest.mark.parametrize("workflow", TEMPLATES)
 def test_templates_are_laid_out(workflow: str) -> None:
     """Links run from left to right, and nodes with their title bars do not touch."""
     graph = json.loads((ROOT / "workflows" / f"{workflow}.json").read_text())

@@ -11,9 +11,8 @@ from dev.server import Server
 def own_photo(prompt: Prompt) -> None:
     """Measurement from Photo in place of Measure (simulate), whose degraded picture now plays the photo."""
     simulate = titled(prompt, "Measure (simulate)")
-    own = add(
-        prompt, "own", "PosteriorMeasurementFromPhoto", photo=[simulate, 1], operator=[titled(prompt, "Operator"), 0], sigma=0.0
-    )
+    given = {"photo": [simulate, 1], "operator": [titled(prompt, "Operator"), 0], "noise": "entered", "noise.sigma": 0.0}
+    own = add(prompt, "own", "PosteriorMeasurementFromPhoto", **given)
     for title, name in (("PSLD Sampler", "measurement"), ("Start Latent", "measurement"), ("Finish", "measurement")):
         inputs(prompt, title)[name] = [own, 0]
 
@@ -52,7 +51,8 @@ def test_two_photos_of_one_picture(server: Server) -> None:
     prompt = shipped("super_resolution_x8", SHORT)
     truth, small = inputs(prompt, "Measure (simulate)")["image"], titled(prompt, "Measure (simulate)")
     grey = add(prompt, "grey", "PosteriorGrayscale", weights="Rec.709")
-    sharp = add(prompt, "sharp", "PosteriorMeasureSimulate", image=truth, operator=[grey, 0], sigma=0.0, seed=0)
+    measure = {"image": truth, "operator": [grey, 0], "noise": "Gaussian", "noise.sigma": 0.0, "seed": 0}
+    sharp = add(prompt, "sharp", "PosteriorMeasureSimulate", **measure)
     both = add(prompt, "both", "PosteriorCombineMeasurements", first=[sharp, 0], second=[small, 0])
     for title in ("PSLD Sampler", "Start Latent", "Finish"):
         inputs(prompt, title)["measurement"] = [both, 0]

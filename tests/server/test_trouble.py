@@ -116,7 +116,7 @@ def colour_photo_as_grey(prompt: Prompt) -> None:
     grey = add(prompt, "grey", "PosteriorGrayscale", weights="Rec.709")
     measure = prompt[titled(prompt, "Measure (simulate)")]
     measure["class_type"] = "PosteriorMeasurementFromPhoto"
-    measure["inputs"] = {"photo": measure["inputs"]["image"], "operator": [grey, 0], "sigma": 0.0}
+    measure["inputs"] = {"photo": measure["inputs"]["image"], "operator": [grey, 0], "noise": "entered", "noise.sigma": 0.0}
 
 
 def empty_latent(prompt: Prompt, **size: int) -> None:
@@ -178,5 +178,5 @@ def test_pseudo_inverse_that_does_not_converge(server: Server) -> None:
         server.run(keep(prompt, "Result"))
     # What the message proposes works; and with a little noise Finish needs no exact solution.
     paper_rule(prompt, glue="adjoint")
-    inputs(prompt, "Measure (simulate)")["sigma"] = 0.01
+    inputs(prompt, "Measure (simulate)")["noise.sigma"] = 0.01
     assert run(server, keep(prompt, "Result")).shape == (128, 128, 3)

@@ -31,6 +31,9 @@ def start_comfyui(*arguments: str) -> tempfile.TemporaryDirectory:
 
         comfy.options.enable_args_parsing()
         import comfy.cli_args
+
+        # As main.py does: later, in older versions, `utils` would be the module in ComfyUI's folder comfy/.
+        importlib.import_module("utils.install_util")
     finally:
         sys.argv = own
     return base

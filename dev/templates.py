@@ -1,0 +1,424 @@
+"""What the shipped templates and blueprints are: their nodes, links, values and notes. dev/make_templates.py writes the files.
+
+A node names only the inputs that are linked or differ from their default.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Link = tuple[str, int]  # title of another node and its output; in a blueprint also a socket and 0
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node: its class, title, column, and inputs, each a value or a link.
+
+    Nodes of a column are stacked in the order of the description; links run to a column further right.
+    """
+
+    type: str
+    title: str
+    column: int
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A workflow. `before` and `after` are the titles of the nodes whose pictures become its thumbnail."""
+
+    name: str
+    note: str
+    nodes: list[Node]
+    before: str = "Measure (simulate)"
+    after: str = "Result"
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A subgraph for the node library: what goes in and out, and which widgets of its nodes it shows, as (title, name)."""
+
+    name: str
+    description: str
+    sockets: dict[str, str]
+    nodes: list[Node]
+    outputs: dict[str, Link]
+    widgets: list[tuple[str, str]]
+
+
+LOADER = "Load Demo Prior"
+MODEL, CLIP, VAE = ((LOADER, i) for i in range(3))
+TRUTH = ("Demo Pictures", 0)
+MEASUREMENT, DEGRADED, LOST = (("Measure (simulate)", i) for i in range(3))
+
+
+def picture(title: str, column: int, source: Link) -> Node:
+    return Node("PreviewImage", title, column, {"images": source})
+
+
+def degraded(operators: list[Node], pictures: tuple[int, int], sigma: float, column: int = 1) -> list[Node]:
+    """The demo prior, its pictures (number of the first, and how many), and what the operator titled Operator makes of them."""
+    measure = {"image": TRUTH, "operator": ("Operator", 0), "noise.sigma": sigma}
+    return [
+        Node("PosteriorLoadDemoPrior", LOADER, 0),
+        Node("PosteriorDemoPictures", "Demo Pictures", 0, dict(zip(("first", "count"), pictures, strict=True))),
+        *operators,
+        Node("CLIPTextEncode", "Positive Prompt", column, {"clip": CLIP, "text": ""}),
+        Node("PosteriorMeasureSimulate", "Measure (simulate)", column, measure),
+    ]
+
+
+def stock_graph(
+    operators: list[Node], sampler: Node, *, steps: int, pictures: tuple[int, int], sigma: float = 0.0, hole: bool = False
+) -> list[Node]:
+    """ComfyUI's own guider, scheduler and SamplerCustomAdvanced around one of our samplers."""
+    guider = {"model": MODEL, "positive": ("Positive Prompt", 0), "negative": ("Negative Prompt", 0), "cfg": 1.0}
+    scheduler = {"model": MODEL, "scheduler": "ddim_uniform", "steps": steps}
+    sample = {
+        "noise": ("Noise", 0),
+        "guider": ("Guider", 0),
+        "sampler": (sampler.title, 0),
+        "sigmas": ("Scheduler", 0),
+        "latent_image": ("Start Latent", 0),
+    }
+    shown = [
+        Node("MaskToImage", "Hole Picture", 2, {"mask": LOST}),
+        picture("Hole", 4, ("Hole Picture", 0)),
+    ]
+    return [
+        *degraded(operators, pictures, sigma),
+        Node("CLIPTextEncode", "Negative Prompt", 1, {"clip": CLIP, "text": ""}),
+        Node("CFGGuider", "Guider", 2, guider),
+        Node("RandomNoise", "Noise", 2),
+        Node("BasicScheduler", "Scheduler", 2, scheduler),
+        sampler,
+        Node("PosteriorStartLatent", "Start Latent", 2, {"measurement": MEASUREMENT, "vae": VAE}),
+        Node("SamplerCustomAdvanced", "Sample", 3, sample),
+        Node("VAEDecode", "Decode", 4, {"samples": ("Sample", 0), "vae": VAE}),
+        Node("PosteriorFinish", "Finish", 5, {"image": ("Decode", 0), "measurement": MEASUREMENT}),
+        Node("SaveImage", "Result", 6, {"images": ("Finish", 0), "filename_prefix": "posterior"}),
+        picture("Measurement", 3, DEGRADED),
+        picture("Truth", 3, TRUTH),
+        *(shown if hole else []),
+    ]
+
+
+def psld() -> Node:
+    return Node("PosteriorSamplerPSLD", "PSLD Sampler", 2, {"measurement": MEASUREMENT, "vae": VAE})
+
+
+def cpigdm() -> Node:
+    return Node("PosteriorSamplerCPiGDM", "C-PiGDM Sampler", 2, {"measurement": MEASUREMENT, "vae": VAE})
+
+
+def one_node(operators: list[Node], *, first: int, sigma: float = 0.0, **restore: Any) -> list[Node]:
+    """The Restore node; the operators may fill columns 0 and, when they follow one another, more."""
+    column = 1 + max(node.column for node in operators)
+    result = ("Restore", 0)
+    return [
+        *degraded(operators, (first, 1), sigma, column),
+        Node("PosteriorRestore", "Restore", column + 1, restored(**restore)),
+        Node("PosteriorConsistency", "Consistency", column + 2, {"image": result, "measurement": MEASUREMENT}),
+        Node("PosteriorCompare", "Compare", column + 2, {"image": result, "truth": TRUTH}),
+        Node("SaveImage", "Result", column + 3, {"images": result, "filename_prefix": "posterior"}),
+    ]
+
+
+def restored(**values: Any) -> dict[str, Any]:
+    links = {"model": MODEL, "vae": VAE, "positive": ("Positive Prompt", 0), "measurement": MEASUREMENT}
+    return {**links, **values}
+
+
+def operator(node_type: str, column: int = 0, title: str = "Operator", **inputs: Any) -> Node:
+    """An operator node; `kernel__sigma` stands for the input kernel.sigma."""
+    return Node(node_type, title, column, {name.replace("__", "."): value for name, value in inputs.items()})
+
+
+BOX = operator("PosteriorMask", 0, pattern="box", pattern__x=36, pattern__y=40, pattern__width=56, pattern__height=48)
+
+SWAP = """Runs as installed. For your own photo and model replace
+* **Load Demo Prior** by **Load Checkpoint**,
+* **Demo Pictures** by **Load Image**,
+* **Measure (simulate)** by **Measurement from Photo**"""
+
+OWN_MASK = "* the pattern of **Operator** by mask, with the mask of Load Image."
+
+DEMO_TEMPLATES = [
+    Template(
+        "super_resolution_x8",
+        "## x8 super-resolution with PSLD\n16 x 16 pixels become 128 x 128, and made smaller again they are the 16 x 16.\n\n"
+        f"{SWAP}.",
+        stock_graph([operator("PosteriorDownscale", method="area", method__factor=8)], psld(), steps=20, pictures=(0, 4)),
+    ),
+    Template(
+        "super_resolution_x4",
+        "## x4 super-resolution with C-PiGDM\nA photo made smaller by bicubic resampling, as most programs do, in 10 network calls "
+        f"without a gradient through the model.\n\n{SWAP}.",
+        stock_graph(
+            [operator("PosteriorDownscale", method="bicubic", method__factor=4.0)], cpigdm(), steps=10, pictures=(2, 1)
+        ),
+    ),
+    Template(
+        "inpaint_box",
+        f"## Box inpainting with PSLD\nThe box is invented, every other pixel comes back bit-exact.\n\n{SWAP},\n{OWN_MASK}",
+        stock_graph([BOX], psld(), steps=20, pictures=(0, 4), hole=True),
+    ),
+    Template(
+        "inpaint_free_form",
+        "## Holes of any shape with Restore\nFlakes have come off the picture: single lost pixels, grown. They are filled; every other "
+        f"pixel comes back bit-exact.\n\n{SWAP},\n* **Flakes** by the mask of Load Image; paint it in the mask editor.",
+        one_node(
+            [
+                operator("PosteriorMask", 0, "Specks", pattern="random", pattern__fraction=0.006, pattern__seed=3),
+                Node("PosteriorMeasureSimulate", "Specks as Mask", 1, {"image": TRUTH, "operator": ("Specks", 0)}),
+                Node("GrowMask", "Flakes", 2, {"mask": ("Specks as Mask", 2), "expand": 4}),
+                operator("PosteriorMask", 3, pattern="mask", pattern__mask=("Flakes", 0)),
+            ],
+            first=6,
+        ),
+    ),
+    Template(
+        "deblur_gaussian",
+        "## Gaussian deblurring with Restore\nA soft photo with a little noise. **Estimate Blur** reads the width of your photo's blur "
+        f"from a crop of one sharp edge, **Estimate Noise** its sigma.\n\n{SWAP}.",
+        one_node([operator("PosteriorBlur", 0, kernel="gaussian", kernel__sigma=3.0)], first=5, sigma=0.01),
+    ),
+    Template(
+        "deblur_motion",
+        "## Motion deblurring with Restore\nThe camera moved. **Estimate Blur** reads the path from a crop of one point of light in "
+        f"your photo.\n\n{SWAP}.",
+        one_node([operator("PosteriorBlur", 0, kernel="motion", kernel__length=15.0, kernel__angle=30.0)], first=1, sigma=0.01),
+    ),
+    Template(
+        "destripe",
+        f"## Destriping with C-PiGDM\nSix of every sixteen lines are dead. **Find Stripes** finds them in your photo.\n\n{SWAP}.",
+        stock_graph(
+            [operator("PosteriorMask", 0, pattern="stripes", pattern__period=16, pattern__width=6)],
+            cpigdm(),
+            steps=10,
+            pictures=(4, 1),
+            hole=True,
+        ),
+    ),
+    Template(
+        "denoise",
+        f"## Denoising with Restore\nStrong noise, sigma 0.1. **Estimate Noise** reads the sigma of your photo.\n\n{SWAP}.",
+        one_node([operator("PosteriorIdentity")], first=8, sigma=0.1),
+    ),
+    Template(
+        "colourise",
+        "## Colourisation with Restore\nThe brightness of each pixel stays as it is; the colours are the model's, and another seed "
+        f"gives others.\n\n{SWAP}.",
+        one_node([operator("PosteriorGrayscale")], first=7, quality="best"),
+    ),
+    Template(
+        "old_photo",
+        "## An old photo, with Restore\nFour things happened to it, one after the other: black and white, soft, scratched, grainy. Each "
+        f"operator node takes the one before; the grain is the sigma of the measurement.\n\n{SWAP}.",
+        one_node(
+            [
+                operator("PosteriorGrayscale", 0, title="Black and White"),
+                operator("PosteriorBlur", 1, "Soft", operator=("Black and White", 0), kernel="gaussian", kernel__sigma=1.5),
+                operator(
+                    "PosteriorMask",
+                    2,
+                    operator=("Soft", 0),
+                    pattern="stripes",
+                    pattern__period=0,
+                    pattern__width=2,
+                    pattern__direction="vertical",
+                    pattern__fraction=0.12,
+                    pattern__seed=1,
+                ),
+            ],
+            first=3,
+            sigma=0.03,
+            quality="best",
+        ),
+    ),
+    Template(
+        "uncertainty",
+        "## Which details are invented\nFour results for one photo: their mean, and at each pixel how much they differ. Black is "
+        f"certain, white is invented.\n\n{SWAP},\n{OWN_MASK}",
+        [
+            *degraded([BOX], (0, 1), 0.0),
+            Node("PosteriorRestore", "Restore", 2, restored(samples=4, quality="fast")),
+            Node("PosteriorUncertainty", "Uncertainty", 3, {"samples": ("Restore", 0)}),
+            Node("SaveImage", "Result", 4, {"images": ("Uncertainty", 0), "filename_prefix": "posterior"}),
+            picture("Map", 4, ("Uncertainty", 1)),
+            picture("Truth", 4, TRUTH),
+        ],
+        after="Map",
+    ),
+]
+
+
+def own_photo(checkpoint: str, prompt: str, operators: list[Node], *, sigma: float = 0.0, **restore: Any) -> list[Node]:
+    """A user's photo, with a checkpoint of ComfyUI's own loader and a prompt. The Operator stands in column 1."""
+    measure = {"photo": ("Load Image", 0), "operator": ("Operator", 0), "noise.sigma": sigma}
+    model, clip, vae = (("Load Checkpoint", i) for i in range(3))
+    inputs = {
+        "model": model,
+        "vae": vae,
+        "positive": ("Positive Prompt", 0),
+        "negative": ("Negative Prompt", 0),
+        "measurement": ("Measurement from Photo", 0),
+        **restore,
+    }
+    return [
+        Node("CheckpointLoaderSimple", "Load Checkpoint", 0, {"ckpt_name": checkpoint}),
+        Node("LoadImage", "Load Image", 0, {"image": "example.png"}),
+        *operators,
+        Node("CLIPTextEncode", "Positive Prompt", 1, {"clip": clip, "text": prompt}),
+        Node("CLIPTextEncode", "Negative Prompt", 1, {"clip": clip, "text": ""}),
+        Node("PosteriorMeasurementFromPhoto", "Measurement from Photo", 2, measure),
+        Node("PosteriorRestore", "Restore", 3, inputs),
+        Node(
+            "PosteriorConsistency",
+            "Consistency",
+            4,
+            {"image": ("Restore", 0), "measurement": ("Measurement from Photo", 0)},
+        ),
+        Node("SaveImage", "Result", 5, {"images": ("Restore", 0), "filename_prefix": "posterior"}),
+    ]
+
+
+OWN_TEMPLATES = [
+    Template(
+        "sd15_super_resolution",
+        "## Your small photo, x4, with Stable Diffusion 1.5\nLoad a photo of 128 x 128 pixels or so; the result is four times larger. "
+        "Write what it shows. Choose your checkpoint.",
+        own_photo(
+            "v1-5-pruned-emaonly-fp16.safetensors",
+            "photo of a ...",
+            [operator("PosteriorDownscale", 1, method="bicubic", method__factor=4.0)],
+            cfg=4.0,
+        ),
+    ),
+    Template(
+        "sdxl_inpaint",
+        "## Fill what you painted over, with SDXL\nLoad a photo of about 1024 x 1024, right-click it, **Open in Mask Editor**, and paint "
+        "over what is to go. Write what the picture shows. Every other pixel stays as it is.",
+        own_photo(
+            "sd_xl_base_1.0.safetensors",
+            "photo of a ...",
+            [operator("PosteriorMask", 1, pattern="mask", pattern__mask=("Load Image", 1))],
+            cfg=4.0,
+        ),
+    ),
+    Template(
+        "sd3_deblur",
+        "## Sharpen a blurred photo, with Stable Diffusion 3\nLoad a photo of about 1024 x 1024. Set the width of its blur, or let "
+        "**Estimate Blur** read it from a crop of one sharp edge, and its noise.",
+        own_photo(
+            "sd3_medium_incl_clips.safetensors",
+            "photo of a ...",
+            [operator("PosteriorBlur", 1, kernel="gaussian", kernel__sigma=3.0)],
+            sigma=0.01,
+            cfg=4.0,
+        ),
+    ),
+]
+
+TEMPLATES = [*DEMO_TEMPLATES, *OWN_TEMPLATES]
+
+
+# Not shipped: the nodes that no template has, so that their help pages show them.
+GALLERY = Template(
+    "gallery",
+    "",
+    [
+        Node("PosteriorLoadDemoPrior", LOADER, 0),
+        Node("PosteriorDemoPictures", "Demo Pictures", 0, {"first": 4}),
+        operator("PosteriorMask", pattern="stripes", pattern__period=16, pattern__width=6),
+        operator("PosteriorIdentity", title="Noise Only"),
+        Node("PosteriorMeasureSimulate", "Measure (simulate)", 1, {"image": TRUTH, "operator": ("Operator", 0)}),
+        Node(
+            "PosteriorMeasureSimulate",
+            "Noisy",
+            1,
+            {"image": TRUTH, "operator": ("Noise Only", 0), "noise": "Poisson", "noise.peak": 100.0},
+        ),
+        Node("PosteriorEstimateNoise", "Estimate Noise", 2, {"photo": ("Noisy", 1)}),
+        Node("PreviewAny", "Sigma", 3, {"source": ("Estimate Noise", 0)}),
+        Node("PosteriorEstimateStripes", "Find Stripes", 2, {"photo": DEGRADED}),
+        Node("MaskToImage", "Lines", 3, {"mask": ("Find Stripes", 0)}),
+        picture("Lost", 4, ("Lines", 0)),
+        Node("PosteriorEstimateBlur", "Estimate Blur", 2, {"photo": TRUTH, "method": "whole photo"}),
+        Node("PreviewAny", "Width", 3, {"source": ("Estimate Blur", 1)}),
+        Node(
+            "PosteriorMeasurementFromPhoto",
+            "Measurement from Photo",
+            2,
+            {"photo": ("Noisy", 1), "operator": ("Noise Only", 0), "noise": "estimated"},
+        ),
+        Node("PosteriorSaveMeasurement", "Save Measurement", 3, {"measurement": ("Measurement from Photo", 0)}),
+        Node(
+            "PosteriorCombineMeasurements",
+            "Combine Measurements",
+            3,
+            {"first": ("Measurement from Photo", 0), "second": ("Noisy", 0)},
+        ),
+        Node("PosteriorMemoryEstimate", "Memory Estimate", 4, {"model": MODEL, "vae": VAE, "measurement": MEASUREMENT}),
+        Node("PosteriorConsistency", "Consistency", 4, {"image": TRUTH, "measurement": ("Combine Measurements", 0)}),
+        Node("PosteriorLoadMeasurement", "Load Measurement", 5, {"file": "measurements/posterior_00001_.safetensors [output]"}),
+    ],
+)
+
+
+def blueprint(name: str, description: str, sigma: float, node: Node, widgets: list[str], mask: bool = False) -> Blueprint:
+    """One operator, Measurement from Photo, and Restore."""
+    restore = {key: (key, 0) for key in ("model", "vae", "positive", "negative")}
+    return Blueprint(
+        name,
+        description,
+        {
+            "photo": "IMAGE",
+            **({"mask": "MASK"} if mask else {}),
+            "model": "MODEL",
+            "vae": "VAE",
+            "positive": "CONDITIONING",
+            "negative": "CONDITIONING",
+        },
+        [
+            node,
+            Node(
+                "PosteriorMeasurementFromPhoto",
+                "Measurement from Photo",
+                1,
+                {"photo": ("photo", 0), "operator": ("Operator", 0), "noise.sigma": sigma},
+            ),
+            Node("PosteriorRestore", "Restore", 2, {**restore, "measurement": ("Measurement from Photo", 0)}),
+        ],
+        {"image": ("Restore", 0), "residual": ("Restore", 1)},
+        [
+            *(("Operator", widget) for widget in widgets),
+            ("Measurement from Photo", "noise.sigma"),
+            *(("Restore", widget) for widget in ("quality", "seed", "cfg")),
+        ],
+    )
+
+
+BLUEPRINTS = [
+    blueprint(
+        "Posterior Upscale",
+        "A larger picture that, made smaller again, is your photo.",
+        0.0,
+        operator("PosteriorDownscale", method="bicubic", method__factor=4.0),
+        ["method.factor"],
+    ),
+    blueprint(
+        "Posterior Deblur",
+        "A sharp picture that, blurred again, is your photo.",
+        0.01,
+        operator("PosteriorBlur", 0, kernel="gaussian", kernel__sigma=3.0),
+        ["kernel.sigma"],
+    ),
+    blueprint(
+        "Posterior Inpaint",
+        "The painted holes filled; every other pixel as it was.",
+        0.0,
+        operator("PosteriorMask", 0, pattern="mask", pattern__mask=("mask", 0)),
+        [],
+        mask=True,
+    ),
+]

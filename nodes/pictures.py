@@ -1,0 +1,54 @@
+"""Pictures that nodes show of what they did."""
+
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from . import host
+
+GAP = 4  # pixels between pictures
+VISIBLE = 128  # pixels of a picture whose single pixels shall be seen
+
+
+def shown(node: type[io.ComfyNode], *images: Tensor, text: str = "") -> dict:
+    """The `ui` of a node's output: previews of these IMAGEs, small ones enlarged, and a text, which is on the node at once."""
+    result = {}
+    if images:
+        previews = [ui.PreviewImage(enlarged(image), cls=node).as_dict() for image in images]
+        result = {"images": [saved for preview in previews for saved in preview["images"]], "animated": (False,)}
+    if text:
+        host.show_text(node, text)
+        result["text"] = (text,)
+    return result
+
+
+def enlarged(image: Tensor) -> Tensor:
+    """An IMAGE that is too small to be seen, with each pixel a whole number of times."""
+    times = max(1, VISIBLE // max(image.shape[1:3]))
+    return image.repeat_interleave(times, 1).repeat_interleave(times, 2)
+
+
+def beside(*images: Tensor, height: int = 0) -> Tensor:
+    """IMAGEs (B, h, w, 3) side by side on white, as high as the highest or `height`.
+
+    Those that are smaller are enlarged, each pixel a whole number of times.
+    """
+    height = max(height, *(image.shape[1] for image in images))
+    columns = []
+    for image in images:
+        times = height // image.shape[1]
+        large = image.repeat_interleave(times, 1).repeat_interleave(times, 2)
+        columns.append(torch.nn.functional.pad(large, (0, 0, 0, GAP, 0, height - large.shape[1]), value=1.0))
+    return torch.cat(columns, 2)[:, :, :-GAP]
+
+
+def below(*images: Tensor) -> Tensor:
+    """IMAGEs (B, h, w, 3) one below the other on white."""
+    width = max(image.shape[2] for image in images)
+    rows = [torch.nn.functional.pad(image, (0, 0, 0, width - image.shape[2], 0, GAP), value=1.0) for image in images]
+    return torch.cat(rows, 1)[:, :-GAP]
+
+
+def heat(share: Tensor) -> Tensor:
+    """(B, H, W) from 0 to 1 -> IMAGE from black over red and yellow to white."""
+    return torch.stack([(3 * share - k).clamp(0, 1) for k in range(3)], -1)

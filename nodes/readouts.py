@@ -1,0 +1,293 @@
+"""Read-outs: does a result agree with the photo, and how near is it to the truth where that is known."""
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..operators import ConvergenceError, Measurement
+from .measurement import check_result, photo_image, single
+from .pictures import VISIBLE, below, beside, heat, shown
+from .types import CATEGORY, MeasurementType, measured, to_signal
+
+EXACT = 1e-5  # root mean square on the 0 to 1 scale; what float32 pictures leave
+ROUNDING = 0.5 / 255  # the most that 8 bits change a value
+
+
+class Consistency(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PosteriorConsistency",
+            display_name="Consistency",
+            category=f"{CATEGORY}/read-outs",
+            description="Does the result agree with the photo? Degrades it as the photo was, compares, and says so in words and in a "
+            "picture. Tells when no result could agree, because the operator did not make this photo.",
+            search_aliases=["residual", "agreement", "check", "verify", "operator mismatch", "restore"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Image.Input("image", tooltip="The result, as it was restored: not resized."),
+                MeasurementType.Input("measurement", tooltip="The measurement it was restored from."),
+                io.Float.Input(
+                    "gain",
+                    default=10.0,
+                    min=1.0,
+                    max=1000.0,
+                    step=1.0,
+                    tooltip="How many times the difference is enlarged in the picture; mid-grey is no difference.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "picture", tooltip="The photo y, the result degraded A x, and their difference; a row for each photo."
+                ),
+                io.Float.Output(
+                    "relative",
+                    tooltip="|A x - y| / |y| over what was measured, y on the 0 to 1 scale; worst picture of the batch.",
+                ),
+                io.Float.Output(
+                    "sigmas",
+                    tooltip="|A x - y|, root mean square, divided by the noise: near 1 is right. Infinite for a noise-free photo that is "
+                    "not met; worst picture of the batch.",
+                ),
+                io.Boolean.Output("agrees", tooltip="Whether all pictures agree with all photos, as far as the noise allows."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image: Tensor, measurement: Measurement, gain: float) -> io.NodeOutput:
+        x = check_result("image", image, measurement)
+        photos = single(measurement.to("cpu", torch.float64))
+        tall = max(photo.y.shape[2] for photo in photos)
+        rows, found = [], []
+        for photo in photos:
+            again = photo.operator.A(x)
+            y = photo.y.expand_as(again)
+            panels = [photo_image(v) for v in (y, again, (gain * (again - y)).clamp(-1, 1))]
+            rows.append(beside(*panels, height=tall * max(1, VISIBLE // tall)))
+            found.append(compared(again, photo))
+        lines = []
+        for i in range(len(x)):
+            for k, photo in enumerate(photos):
+                names = [f"picture {i + 1}"] * (len(x) > 1) + [f"photo {k + 1}"] * (len(photos) > 1)
+                own = photo.select(i if len(photo.y) > 1 else 0)
+                lines.append(": ".join([*names, verdict(found[k][i], own)]))
+        relative, sigmas = zip(*(overall([part[i] for part in found]) for i in range(len(x))), strict=True)
+        agrees = all(one.agrees for part in found for one in part)
+        picture = below(*rows)
+        return io.NodeOutput(picture, max(relative), max(sigmas), agrees, ui=shown(cls, picture, text="\n".join(lines)))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a picture, degraded again, is from a photo.
+
+    Attributes:
+        residual: ||A x - y|| over what was measured, on the 0 to 1 scale.
+        size: ||y|| over what was measured, black being 0.
+        count: of values that were measured.
+        sigma: of the noise, on the 0 to 1 scale.
+    """
+
+    residual: float
+    size: float
+    count: int
+    sigma: float
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of A x - y."""
+        return self.residual / self.count**0.5
+
+    @property
+    def relative(self) -> float:
+        """||A x - y|| / ||y||."""
+        return ratio(self.residual, self.size)
+
+    @property
+    def sigmas(self) -> float:
+        """The root mean square over the noise; near 1 for the truth, and for every sample of the exact posterior."""
+        return ratio(0.0 if self.rms <= EXACT and self.sigma == 0 else self.rms, self.sigma)
+
+    @property
+    def limit(self) -> float:
+        """The largest root mean square that is agreement: a quarter above the noise, or more where few values were measured.
+
+        For the truth, (rms / sigma)^2 is chi-square over `count`, so that rms / sigma spreads by 1 / sqrt(2 count).
+        """
+        return self.sigma * (1 + max(0.25, 4 / (2 * self.count) ** 0.5)) if self.sigma else ROUNDING
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the picture could be the truth, as far as the residual tells."""
+        return self.rms <= self.limit
+
+
+def ratio(a: float, b: float) -> float:
+    """a / b; 0 / 0 is 0."""
+    return a / b if b > 0 else math.inf if a > 0 else 0.0
+
+
+def compared(again: Tensor, photo: Measurement) -> list[Agreement]:
+    """A x, (B, c, h, w) in [-1, 1], with its photo, image by image."""
+    y = photo.y.expand_as(again)
+    seen = measured(photo.operator, photo.y).expand_as(again)
+    residual = (seen * (again - y) / 2).flatten(1).norm(dim=1)
+    size = (seen * (y + 1) / 2).flatten(1).norm(dim=1)
+    rows = zip(residual.tolist(), size.tolist(), seen.flatten(1).sum(1).tolist(), strict=True)
+    return [Agreement(r, s, int(n), photo.sigma / 2) for r, s, n in rows]
+
+
+def overall(parts: list[Agreement]) -> tuple[float, float]:
+    """`relative` and `sigmas` of one picture against several photos, each weighed by its noise."""
+    residual, size = (math.hypot(*(getattr(part, name) for part in parts)) for name in ("residual", "size"))
+    weighed = sum(part.count * part.sigmas**2 for part in parts)
+    return ratio(residual, size), (weighed / sum(part.count for part in parts)) ** 0.5
+
+
+def verdict(found: Agreement, photo: Measurement) -> str:
+    """An agreement in words, and where there is none whether there could be; `photo` is that of the one picture."""
+    noise = f", {found.sigmas:.2f} times the noise" if found.sigma else ""
+    text = f"|A x - y| {found.rms:.3g}, {found.relative:.2%} of |y|{noise}: "
+    if not found.agrees:
+        return f"{text}does not agree. {remedy(found.limit, photo)}"
+    if found.sigma == 0:
+        return f"{text}agrees {'exactly' if found.rms <= EXACT else 'to the rounding of 8 bits'}"
+    if found.sigmas < 0.5:
+        return f"{text}agrees, but follows the noise too; sigma is probably too high"
+    return f"{text}agrees within the noise"
+
+
+def remedy(limit: float, photo: Measurement) -> str:
+    """What to do about a result that does not agree: nothing helps when the photo is not of this operator."""
+    try:
+        floor = residual_floor(photo)
+    except ConvergenceError as fault:
+        return f"Whether any picture could is not known ({fault})"
+    if floor <= limit:
+        return "It can be met: the Finish node or more steps bring it closer"
+    return (
+        f"No likely picture brings it below {floor:.3g}: this operator did not make this photo. Check the operator's kind, numbers and "
+        f"order; or, if the photo has more noise than was said, set sigma to {floor:.2g}"
+    )
+
+
+def residual_floor(photo: Measurement) -> float:
+    """The residual that no picture goes below, root mean square on the 0 to 1 scale; `photo` is one, in float64.
+
+    Without noise ||(I - A A^+) y||, exactly. With noise the residual of argmin ||A x - y||^2 / sigma^2 + ||x||^2: pictures are
+    spread about 1 in each direction, so that what A passes on by less than sigma is noise, and a photo with more there is not
+    a photo through A.
+
+    Raises:
+        ConvergenceError: an operator without a closed form whose iterations do not end.
+    """
+    start = torch.zeros((1, *photo.operator.in_shape), dtype=photo.y.dtype)
+    best = photo.operator.prox_l2(start, photo.y, 1 / photo.sigma**2 if photo.sigma else math.inf)
+    (found,) = compared(photo.operator.A(best), photo)
+    return found.rms
+
+
+class Compare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PosteriorCompare",
+            display_name="Compare",
+            category=f"{CATEGORY}/read-outs",
+            description="How near a result is to the truth, where that is known: PSNR, SSIM, both pictures and a map of the error. LPIPS "
+            "too, where the package lpips and its weights are installed already.",
+            search_aliases=["PSNR", "SSIM", "LPIPS", "error map", "difference", "quality", "metrics"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Image.Input("image", tooltip="The result."),
+                io.Image.Input("truth", tooltip="The picture as it was before it was degraded; one, or one for each result."),
+                io.Float.Input(
+                    "brightest",
+                    default=0.2,
+                    min=0.001,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Error, on the 0 to 1 scale, that is the brightest colour of the map.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("picture", tooltip="The result, the truth, and a heat map of the error: black is none."),
+                io.Float.Output("psnr", tooltip="Peak signal-to-noise ratio in dB; higher is nearer. Mean over the batch."),
+                io.Float.Output("ssim", tooltip="Structural similarity, 1 is identical. Mean over the batch."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image: Tensor, truth: Tensor, brightest: float) -> io.NodeOutput:
+        a, b = to_signal("image", image), to_signal("truth", truth)
+        if a.shape[2:] != b.shape[2:]:
+            raise ValueError(
+                f"image: is {a.shape[3]} x {a.shape[2]}, but truth is {b.shape[3]} x {b.shape[2]}; connect pictures of one size"
+            )
+        if len(b) not in (1, len(a)):
+            raise ValueError(f"image: got a batch of {len(a)} for {len(b)} pictures at truth; they must be equal, or truth one")
+        if min(a.shape[2:]) < WINDOW:
+            raise ValueError(f"image: is {a.shape[3]} x {a.shape[2]}; SSIM looks at windows of {WINDOW} x {WINDOW} pixels")
+        # As they are shown and saved: from black to white, nothing beyond.
+        a, b = (((v + 1) / 2).clamp(0, 1) for v in (a, b.expand_as(a)))
+        error = (a - b).square().mean(1)
+        values = {"PSNR": -10 * error.mean((1, 2)).log10(), "SSIM": ssim(a, b)}
+        if (perceived := lpips_distance(a, b)) is not None:
+            values["LPIPS"] = perceived
+        lines = []
+        for i in range(len(a)):
+            name = f"picture {i + 1}: " if len(a) > 1 else ""
+            lines.append(name + ", ".join(FORMATS[key].format(float(value[i])) for key, value in values.items()))
+        first, second = (v.movedim(1, -1).float() for v in (a, b))
+        picture = beside(first, second, heat((error.sqrt() / brightest).clamp(0, 1).float()))
+        means = (float(values[key].mean()) for key in ("PSNR", "SSIM"))
+        return io.NodeOutput(picture, *means, ui=shown(cls, picture, text="\n".join(lines)))
+
+
+WINDOW = 11  # of SSIM, pixels
+FORMATS = {"PSNR": "PSNR {:.2f} dB", "SSIM": "SSIM {:.4f}", "LPIPS": "LPIPS {:.4f}"}
+LPIPS_TRUNK = "alexnet-owt-7be5be79.pth"  # as torchvision names the weights in torch's cache
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity as Wang et al. (2004) define it: Gaussian windows of 11 x 11, sigma 1.5, mean over places and channels.
+
+    Args:
+        a, b: (B, C, H, W) in [0, 1], sides of 11 or more.
+
+    Returns:
+        (B,).
+    """
+    try:
+        from kornia.metrics import ssim as ssim_map  # comes with ComfyUI
+    except ImportError as error:
+        raise ValueError("SSIM needs kornia, which is in ComfyUI's requirements.txt; install those again") from error
+
+    # Windows that lie inside the picture only; eps is no part of the definition.
+    return ssim_map(a, b, WINDOW, max_val=1.0, eps=0.0, padding="valid").mean((1, 2, 3))
+
+
+def lpips_distance(a: Tensor, b: Tensor) -> Tensor | None:
+    """LPIPS (Zhang et al., 2018) with AlexNet, (B,), where all it needs is on this machine; else None. Never downloads.
+
+    Args:
+        a, b: (B, 3, H, W) in [0, 1].
+    """
+    trunk = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_TRUNK
+    if importlib.util.find_spec("lpips") is None or not trunk.is_file():
+        return None
+    import lpips
+
+    network = lpips.LPIPS(net="alex", verbose=False).eval()
+    return network(2 * a.float() - 1, 2 * b.float() - 1).flatten(1).mean(1)
+
+
+NODES = [Consistency, Compare]

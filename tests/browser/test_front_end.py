@@ -1,0 +1,122 @@
+"""What a user does with the shipped templates: open, look, run, cancel."""
+
+import io
+import json
+import urllib.request
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.server_prompts import ROOT, TEMPLATES
+
+from dev.browser import FrontEnd
+from dev.server import PACK
+
+
+def template(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "workflows" / f"{name}.json").read_text())
+
+
+def twin(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text())
+
+
+def touching(nodes: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """Pairs of nodes whose boxes overlap."""
+    boxes = [(title, node["box"]) for title, node in nodes.items()]
+    return [
+        (one, other)
+        for i, (one, a) in enumerate(boxes)
+        for other, b in boxes[:i]
+        if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    ]
+
+
+def set_widget(front_end: FrontEnd, title: str, name: str, value: Any) -> None:
+    """As a user does: the widget's own callback runs."""
+    front_end.page.evaluate(
+        """([title, name, value]) => {
+            const node = window.app.rootGraph.nodes.find(n => n.title === title)
+            const widget = node.widgets.find(w => w.name === name)
+            widget.value = value
+            widget.callback?.(value, window.app.canvas, node)
+        }""",
+        [title, name, value],
+    )
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template_opens_and_is_its_api_twin(front_end: FrontEnd, name: str) -> None:
+    front_end.errors.clear()
+    front_end.load(template(name))
+    nodes = front_end.nodes()
+    assert sorted(nodes) == sorted(node["title"] for node in template(name)["nodes"])
+    assert all(node["known"] for node in nodes.values())
+    assert touching(nodes) == []
+    assert front_end.prompt() == twin(name)
+    assert front_end.errors == []
+
+
+def test_run_brings_the_picture_into_the_page(front_end: FrontEnd) -> None:
+    front_end.load(template("inpaint_free_form"))
+    set_widget(front_end, "Restore", "quality", "fast")
+    front_end.run()
+    nodes = front_end.nodes()
+    (shown,) = nodes["Result"]["pictures"]
+    with urllib.request.urlopen(shown) as answer:
+        result = np.asarray(Image.open(io.BytesIO(answer.read())).convert("RGB"))
+    assert result.shape == (128, 128, 3)
+    assert result.std() > 20
+    for title in ("Operator", "Measure (simulate)", "Restore"):
+        assert nodes[title]["pictures"], f"{title} shows no picture"
+    assert touching(nodes) == []
+
+
+def test_cancel_stops_the_run_and_the_next_one_works(front_end: FrontEnd) -> None:
+    front_end.load(template("super_resolution_x8"))
+    set_widget(front_end, "Demo Pictures", "count", 1)
+    set_widget(front_end, "Scheduler", "steps", 900)
+    front_end.page.evaluate(
+        "() => { window.stepped = new Promise(done => window.app.api.addEventListener('progress', done, {once: true})) }"
+    )
+    front_end.start()
+    front_end.page.evaluate("() => window.stepped.then(() => null)")
+    front_end.page.get_by_role("button", name="Cancel current run").click()
+    assert front_end.wait()["end"] == "execution_interrupted"
+    set_widget(front_end, "Scheduler", "steps", 2)
+    front_end.run()
+    assert front_end.nodes()["Result"]["pictures"]
+
+
+def test_dynamic_combo_switches_the_inputs(front_end: FrontEnd) -> None:
+    front_end.load(template("inpaint_box"))
+    fields = {
+        "box": {"pattern.x", "pattern.y", "pattern.width", "pattern.height"},
+        "stripes": {f"pattern.{name}" for name in ("period", "width", "offset", "direction", "fraction", "seed")},
+        "mask": {"pattern.threshold"},
+    }
+    for pattern, widgets in fields.items():
+        set_widget(front_end, "Operator", "pattern", pattern)
+        node = front_end.nodes()["Operator"]
+        assert set(node["widgets"]) - {"pattern"} == widgets
+        assert ("pattern.mask" in node["inputs"]) == (pattern == "mask")
+        sent = front_end.prompt()[str(node["id"])]["inputs"]
+        assert {key for key in sent if key.startswith("pattern.")} - {"pattern.mask"} == widgets
+        assert front_end.nodes()["Operator"]["box"][3] > front_end.nodes()["Operator"]["box"][1]
+
+
+def test_templates_are_offered_with_their_thumbnails(front_end: FrontEnd) -> None:
+    page = front_end.page
+    page.get_by_role("button", name="Templates").first.click()
+    page.get_by_test_id("template-workflows-content").wait_for()
+    page.get_by_text(PACK, exact=True).first.click()
+    card = page.get_by_test_id(f"template-workflow-{TEMPLATES[0]}")
+    card.wait_for()
+    for name in TEMPLATES:
+        picture = page.locator(f"img[src*='{PACK}/{name}.jpg']").first
+        picture.scroll_into_view_if_needed()
+        page.wait_for_function("image => image.complete && image.naturalWidth > 0", arg=picture.element_handle())
+    card.click()
+    page.get_by_test_id("template-workflows-content").wait_for(state="detached")
+    assert front_end.prompt() == twin(TEMPLATES[0])

@@ -1,0 +1,143 @@
+"""A ComfyUI that renamed or removed something loses one feature, with a message, and never the pack."""
+
+import asyncio
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from support.host_runs import Host
+
+
+def psld(h: Host) -> Any:
+    return h.sample(
+        h.pack.nodes.host.stock_sampler(h.pack.samplers.sample_psld, h.measurement(), h.vae, unique_id="7"), steps=1
+    )
+
+
+def nodes(h: Host) -> list[Any]:
+    return asyncio.run(h.pack.nodes.PosteriorExtension().get_node_list())
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("comfy.samplers", "KSAMPLER"),
+        ("comfy.model_management", "throw_exception_if_processing_interrupted"),
+        ("comfy.ldm.modules.attention", "attention_pytorch"),
+    ],
+)
+def test_what_a_sampler_cannot_do_without_is_named(
+    module: str, name: str, hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = hosts("sd15")
+    expected = psld(h)
+    sampler = next(node for node in nodes(h) if node.define_schema().node_id == "PosteriorSamplerPSLD")
+    with monkeypatch.context() as patch:
+        patch.delattr(importlib.import_module(module), name)
+        with pytest.raises(ValueError, match=rf"this ComfyUI has no {module}\.{name}, which this node needs.*Update"):
+            psld(h) if name != "KSAMPLER" else sampler.execute(h.measurement(), {"rule": "line search"})
+        assert len(nodes(h)) == len(h.pack.nodes.NODES)
+    assert torch.equal(psld(h), expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "feature"),
+    [
+        ("server.PromptServer", "send_progress_text", "texts on nodes"),
+        ("comfy.quant_ops", "QuantizedTensor", "telling quantised weights"),
+        ("comfy.model_management", "module_size", "memory auto means lowest"),
+        ("comfy.model_management", "in_training", ""),
+    ],
+)
+def test_what_a_sampler_can_do_without_costs_one_feature(
+    module: str,
+    name: str,
+    feature: str,
+    hosts: Callable[..., Host],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    h = hosts("sd15")
+    expected = psld(h)
+    owner = find(module)
+    if module.startswith("server"):
+        monkeypatch.setattr(owner, "instance", owner.__new__(owner), raising=False)
+    monkeypatch.delattr(owner, name)
+    result = psld(h)  # perhaps in another memory mode, where sums are taken in another order
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert feature in caplog.text
+    assert not hasattr(owner, name)
+    if feature.startswith("texts"):
+        assert caplog.text.count(feature) == 1  # not at every step
+
+
+def test_what_comfyui_itself_needs_too(
+    hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without these no ComfyUI would run, but one may have renamed them; our own calls alone are tried."""
+    h = hosts("sd15")
+    host, mm = h.pack.nodes.host, find("comfy.model_management")
+    guider = h.guider()
+    monkeypatch.delattr(mm, "get_free_memory")
+    assert host.memory.free_memory(torch.device("cpu")) == 0
+    assert "without knowing how much memory is free" in caplog.text
+    monkeypatch.delattr(mm, "load_models_gpu")
+    monkeypatch.delattr(find("comfy.model_patcher"), "create_model_options_clone")
+    with pytest.raises(ValueError, match=r"no comfy\.model_patcher\.create_model_options_clone"), host.naming_what_is_missing():
+        host.differentiable_options({}, has_control=False)
+    guider.inner_model, guider.conds = h.model.model, {}
+    with (
+        pytest.raises(ValueError, match=r"no comfy\.model_management\.load_models_gpu"),
+        host.naming_what_is_missing(),
+        host.resident(guider, h.vae, 0.0),
+    ):
+        pass
+
+
+def test_schedulers_that_cannot_be_listed(
+    hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    h = hosts("sd15")
+    monkeypatch.delattr(find("comfy.samplers"), "SCHEDULER_NAMES")
+    assert h.pack.nodes.host.schedulers() == ["ddim_uniform"]
+    assert "without a choice of schedulers" in caplog.text
+    assert len(nodes(h)) == len(h.pack.nodes.NODES)
+
+
+def test_a_node_that_cannot_be_described_is_left_out_alone(
+    hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    h = hosts("sd15")
+    monkeypatch.delattr(find("folder_paths"), "get_input_directory")
+    left = {node.__name__ for node in h.pack.nodes.NODES} - {node.__name__ for node in nodes(h)}
+    assert left == {"LoadMeasurement"}
+    assert "node LoadMeasurement is not available: this ComfyUI has no folder_paths.get_input_directory" in caplog.text
+
+
+def test_demo_prior_without_its_loader(hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch) -> None:
+    h = hosts("sd15")
+    monkeypatch.delattr(find("comfy.model_detection"), "detect_unet_config")
+    with pytest.raises(ValueError, match=r"this ComfyUI has no comfy\.model_detection\.detect_unet_config"):
+        h.pack.nodes.demo.LoadDemoPrior.execute()
+
+
+def test_own_mistakes_are_not_taken_for_it(hosts: Callable[..., Host]) -> None:
+    host = hosts("sd15").pack.nodes.host
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'shape'"), host.naming_what_is_missing():
+        None.shape  # noqa: B018
+    with pytest.raises(ImportError, match="numpy"), host.naming_what_is_missing():
+        from numpy import no_such_thing  # noqa: F401
+    with pytest.raises(ValueError, match=r"has no comfy\.no_such_module"), host.naming_what_is_missing():
+        import comfy.no_such_module  # noqa: F401
+
+
+def find(path: str) -> ModuleType | type:
+    """A module, or a class in one."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        module, _, name = path.rpartition(".")
+        return getattr(importlib.import_module(module), name)
