@@ -25,7 +25,7 @@ from dev.templates import DEMO_TEMPLATES, GALLERY, TEMPLATES, Template  # noqa: 
 
 SIDE = 320  # of a thumbnail
 LARGEST = 150_000  # bytes of a file
-QUIET = {"Comfy_Minimap_Visible": False, "Comfy_Graph_CanvasInfo": False}
+QUIET = {"Comfy_Minimap_Visible": False, "Comfy_Graph_CanvasInfo": False, "Comfy_Graph_CanvasMenu": False}
 
 
 def save(picture: Image.Image, path: Path) -> None:
@@ -82,12 +82,14 @@ def main() -> int:
         (base / "input" / "example.png").write_bytes((comfyui / "input" / "example.png").read_bytes())
         with running(sys.executable, comfyui, base, base / "log", "--cpu") as server, running_browser() as browser:
             front_end = FrontEnd(browser, server, **QUIET)
+            front_end.page.add_style_tag(content="button:has(> .pi-bars) { display: none }")
             for template in (*TEMPLATES, GALLERY):
                 if template.name not in wanted:
                     continue
                 front_end.load(ui_format(template, server.get_json("/object_info")))
                 runs = template in DEMO_TEMPLATES or template is GALLERY
                 if runs:
+                    print(template.name, "...", flush=True)
                     front_end.run()
                 picture = screenshot(front_end)
                 found = {**node_pictures(front_end, picture), **found}

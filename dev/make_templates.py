@@ -5,6 +5,7 @@ server, so that every format agrees with the nodes as they are; a test runs this
 `python dev/make_templates.py` after changing a template or a node.
 """
 
+import itertools
 import json
 import sys
 import uuid
@@ -18,7 +19,8 @@ from dev.templates import BLUEPRINTS, TEMPLATES, Blueprint, Node, Template  # no
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 # Pixels. GAP holds the title bar of the lower node and, above it, the badge with the name of its pack.
-COLUMN, WIDTH, GAP = 300, 250, 62
+SPACE, GAP = 50, 62
+WIDTH, WIDE = 250, {"PosteriorConsistency": 400, "PosteriorCompare": 400}  # these show three pictures side by side
 # What the front end needs for a slot and a widget, and at most for a text field.
 SLOT, WIDGET, TEXT = 20, 24, 90
 # What a node grows by when it has run: a picture of its own, or a picture with a text over it.
@@ -101,6 +103,10 @@ def laid_out(nodes: list[Node], object_info: Info, sockets: tuple[str, ...] = ()
     ids = numbered(nodes)
     entries, links = [], []
     outgoing: dict[tuple[int, int], list[int]] = {}
+    columns = [
+        [WIDE.get(node.type, WIDTH) for node in nodes if node.column == i] for i in range(1 + max(n.column for n in nodes))
+    ]
+    left = list(itertools.accumulate((max(widths) + SPACE for widths in columns), initial=0))
     below: dict[int, int] = {}  # where the next node of a column goes
     for order, node in enumerate(nodes):
         info = object_info[node.type]
@@ -130,8 +136,8 @@ def laid_out(nodes: list[Node], object_info: Info, sockets: tuple[str, ...] = ()
                 "id": ids[node.title],
                 "type": node.type,
                 "title": node.title,
-                "pos": [COLUMN * node.column, top],
-                "size": [WIDTH, height],
+                "pos": [left[node.column], top],
+                "size": [WIDE.get(node.type, WIDTH), height],
                 "flags": {},
                 "order": order,
                 "mode": 0,
@@ -156,7 +162,7 @@ def ui_format(template: Template, object_info: Info) -> Info:
         "type": "MarkdownNote",
         "title": "What this does",
         "pos": [0, -320],
-        "size": [COLUMN + WIDTH, 240],
+        "size": [2 * WIDTH + SPACE, 240],
         "flags": {},
         "order": len(nodes),
         "mode": 0,
@@ -202,7 +208,7 @@ def blueprint_format(blueprint: Blueprint, object_info: Info) -> Info:
         for slot, (name, kind) in enumerate(blueprint.sockets.items())
     ]
     keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
-    right = COLUMN * (1 + max(node.column for node in blueprint.nodes))
+    right = max(entry["pos"][0] + entry["size"][0] for entry in nodes) + SPACE
     outer = {
         "id": 1,
         "type": identity(),

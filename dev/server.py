@@ -29,6 +29,7 @@ class Server:
 
     def __init__(self, port: int, log: Path) -> None:
         self.address, self.log = f"127.0.0.1:{port}", log
+        self.process: subprocess.Popen | None = None  # when it was started from here
 
     def get(self, path: str, **query: str) -> bytes:
         with urllib.request.urlopen(f"http://{self.address}{path}?{urllib.parse.urlencode(query)}", timeout=60) as answer:
@@ -131,7 +132,9 @@ def running(python: str, comfyui: Path, base: Path, log: Path, *extra: str, wait
         arguments = command(python, comfyui, base, port, "--database-url", "sqlite:///:memory:", *extra)
         # Threads that spin while they wait make a busy machine seven times slower, and an idle one no faster.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "NO_COLOR": "1"}
-        process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, cwd=base, env=environment)
+        process = server.process = subprocess.Popen(
+            arguments, stdout=stream, stderr=subprocess.STDOUT, cwd=base, env=environment
+        )
         try:
             deadline = time.monotonic() + wait_s
             while True:

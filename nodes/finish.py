@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..operators import ConvergenceError, Mask, Measurement
 from ..samplers import enforce_consistency, feather_holes
+from . import host
 from .measurement import check_result
 from .pictures import shown
 from .types import CATEGORY, MeasurementType, measured, to_image, to_signal
@@ -62,7 +63,7 @@ class Finish(io.ComfyNode):
     @classmethod
     def execute(cls, image: Tensor, measurement: Measurement, error: float, feather: float = FEATHER) -> io.NodeOutput:
         x = check_result("image", image, measurement)
-        finished, rms, text = finish(x, measurement.to("cpu", torch.float64), error, feather)
+        finished, rms, text = finish(x, measurement, error, feather)
         return io.NodeOutput(finished, rms, ui=shown(cls, finished, text=text))
 
 
@@ -71,7 +72,7 @@ def finish(x: Tensor, measurement: Measurement, error: float = ERROR, feather: f
 
     Args:
         x: (B, 3, H, W) in [-1, 1], float64.
-        measurement: in float64 on the CPU.
+        measurement: on any device, in any precision.
         error: of x around the truth, on the 0 to 1 scale; used with noise only.
         feather: width of the soft edge inside holes, in pixels.
 
@@ -81,6 +82,8 @@ def finish(x: Tensor, measurement: Measurement, error: float = ERROR, feather: f
     Raises:
         ValueError: the measurement cannot be met exactly and claims no noise.
     """
+    measurement = measurement.to("cpu", torch.float64)  # a copy
+    host.stop_when_interrupted(measurement.operator)
     try:
         agreed = enforce_consistency(x, measurement, 2 * error)
     except ConvergenceError as fault:
@@ -101,7 +104,7 @@ def finish(x: Tensor, measurement: Measurement, error: float = ERROR, feather: f
 
 def residual(x: Tensor, measurement: Measurement) -> list[float]:
     """Root mean square of A x - y over what was measured, for each image, on the 0 to 1 scale."""
-    counts = measured(measurement.operator, measurement.y).expand_as(measurement.y).flatten(1).sum(1)
+    counts = measured(measurement.operator, measurement.y).expand_as(measurement.y).flatten(1).sum(1).expand(len(x))
     return [float(norm) / 2 / float(count) ** 0.5 for norm, count in zip(measurement.residual_norm(x), counts, strict=True)]
 
 

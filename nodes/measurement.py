@@ -102,8 +102,9 @@ def counted(y: Tensor, seen: Tensor, peak: float, seed: int) -> tuple[Tensor, fl
         seen: 1 where y is a measurement, broadcastable to y; elsewhere y stays.
 
     Returns:
-        The noisy y, and the root mean square of its noise, sqrt(mean(v) / peak), on the 0 to 1 scale. With it as the sigma of a
-        Gaussian, E ||A x - y||^2 is exact; the noise of single values is not, being sqrt(v / peak).
+        The noisy y, and the root mean square of its noise, sqrt(mean(v) / peak), on the 0 to 1 scale, over the measured values of
+        the batch. With it as the sigma of a Gaussian, E ||A x - y||^2 is exact (but for values below black); the noise of single
+        values is not, being sqrt(v / peak).
     """
     light = ((y + 1) / 2).clamp(min=0)
     draws = [torch.poisson(peak * v, generator=of_seed(seed, i)) for i, v in enumerate(light)]
@@ -187,7 +188,7 @@ def estimated(photo: Tensor, seen: Tensor) -> tuple[float, str]:
     try:
         found = estimate_noise_sigma(photo)
     except ValueError as refusal:
-        raise ValueError(f"photo:{str(refusal).removeprefix('image:')} (noise is set to estimated; or {remedy})") from refusal
+        raise ValueError(f"photo:{str(refusal).removeprefix('image:')}; or {remedy}") from refusal
     sigma, low, high = (values.double() / 2 for values in (found.sigma, found.low, found.high))
     vague = (high > 2 * low) & (high > VAGUE)
     if bool(vague.any()):

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..operators import ConvergenceError, Measurement
+from . import host
 from .measurement import check_result, photo_image, single
 from .pictures import VISIBLE, below, beside, heat, shown
 from .types import CATEGORY, MeasurementType, measured, to_signal
@@ -62,7 +63,9 @@ class Consistency(io.ComfyNode):
     @classmethod
     def execute(cls, image: Tensor, measurement: Measurement, gain: float) -> io.NodeOutput:
         x = check_result("image", image, measurement)
-        photos = single(measurement.to("cpu", torch.float64))
+        measurement = measurement.to("cpu", torch.float64)  # a copy
+        host.stop_when_interrupted(measurement.operator)
+        photos = single(measurement)
         tall = max(photo.y.shape[2] for photo in photos)
         rows, found = [], []
         for photo in photos:

@@ -243,12 +243,13 @@ class Uncertainty(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: Tensor, per_photo: int = 0, brightest: float = 0.2) -> io.NodeOutput:
+        pictures = (to_signal("samples", samples).movedim(1, -1) + 1) / 2  # in float64
         count = per_photo or len(samples)
         if count < 2:
             raise ValueError("samples: got one for each photo, but a map needs at least 2; set Restore's samples to 2 or more")
         if len(samples) % count:
             raise ValueError(f"samples: got {len(samples)} pictures, expected a multiple of per_photo, {count}")
-        groups = samples.double().unflatten(0, (-1, count))
+        groups = pictures.unflatten(0, (-1, count))
         # Over colours too: one number for each pixel.
         deviation = groups.var(1).mean(-1).sqrt()
         share = (deviation / brightest).clamp(0, 1).float()

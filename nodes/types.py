@@ -49,9 +49,9 @@ def to_signal(name: str, image: Tensor) -> Tensor:
     In float64, where 2 x - 1 loses nothing: a kept pixel comes back bit-exact. On the CPU, as measurements are; with --gpu-only
     pictures come from elsewhere.
     """
-    if image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
+    if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or image.numel() == 0:
         raise ValueError(
-            f"{name}: got shape {tuple(image.shape)}, expected a picture (batch, height, width, 1, 3 or 4 channels)"
+            f"{name}: got shape {tuple(image.shape)}, expected at least one picture, (batch, height, width, 1, 3 or 4 channels)"
         )
     if not bool(torch.isfinite(image).all()):
         raise ValueError(f"{name}: has NaN or infinite values; the node before it went wrong")

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .base import as_finite
 
+MAX_SIDE = 8192  # of a kernel: half a gigabyte
+
 
 def gaussian_kernel(
     sigma: float | tuple[float, float], size: int | tuple[int, int] | None = None, angle: float = 0.0
@@ -125,8 +127,8 @@ def _size(size: int | tuple[int, int] | None, reach: float) -> tuple[int, int]:
     if size is None:
         size = 2 * max(math.ceil(reach - 1e-9), 0) + 1
     h, w = size if isinstance(size, tuple | list) else (size, size)
-    if not all(isinstance(n, int) and n > 0 for n in (h, w)):
-        raise ValueError(f"size: got {size}, expected positive integers, one or (height, width)")
+    if not all(isinstance(n, int) and 0 < n <= MAX_SIDE for n in (h, w)):
+        raise ValueError(f"size: got {size} pixels, expected integers from 1 to {MAX_SIDE}, one or (height, width)")
     return h, w
 
 

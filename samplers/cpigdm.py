@@ -40,7 +40,7 @@ def sample_cpigdm(
     w: float = 15.0,
     tau: float | None = None,
     reach: float | None = None,
-    eta: float = 0.0,
+    eta: float | None = None,
     consistency: Literal["decoder", "encoder"] = "decoder",
     inner_steps: int = 3,
     last_steps: int = 10,
@@ -72,8 +72,8 @@ def sample_cpigdm(
         w: strength of the paper's weight, >= 0.
         tau: standard deviation of the prior around its mean, in units of the state. Default 1; for "bayes" in pixels sqrt(0.1).
         reach: "dual" moves the network's input by at most reach * sigma (rms). Default 2 in pixels, 0.5 in latents.
-        eta: fresh noise: 0 is DDIM, 1 is DDPM; above 1 there is more, until in a step of ratio sigma_next / sigma <= 
-            sqrt(1 - 1 / eta^2) all of it is fresh.
+        eta: fresh noise: 0 is DDIM, 1 is DDPM, more is more, until all noise of a step is fresh, at sigma_next / sigma <=
+            sqrt(1 - 1 / eta^2). Default for "dual" 1 in pixels and 1.3 in latents, else 0.
         consistency: for latents: "decoder" moves x0 by gradients through the decoder, "encoder" by decoding, correcting the
             picture and encoding, in less memory.
         inner_steps: for latents: consistency steps after each network call but that of the step to sigma 0.
@@ -91,6 +91,8 @@ def sample_cpigdm(
     """
     check_choices({"weight": (weight, WEIGHTS), "consistency": (consistency, CONSISTENCIES)})
     check_choices({"jacobian": (jacobian, JACOBIANS), "integrator": (integrator, INTEGRATORS)})
+    if eta is None:
+        eta = 0.0 if weight != "dual" else 1.0 if autoencoder is None else 1.3
     check_common(x, sigmas, measurement, eta, inner_steps, last_steps)
     _check_numbers(w=w, tau=tau, reach=reach, lam=lam)
     plain = weight != "dual" and integrator != "conjugate"

@@ -11,6 +11,7 @@ notices. ComfyUI is imported inside functions: a renamed internal then fails one
     loading      models side by side in memory, and twins of those that the host pages
     memory       what a run needs, and computing activations twice instead of keeping them
     codec        the VAE as a differentiable map
+    faults       a cancelled run, and NaN on the way
     guard        autograd against finite differences
     readout      what the node says while it runs
     plugin       the SAMPLER that puts these together
@@ -20,6 +21,7 @@ notices. ComfyUI is imported inside functions: a renamed internal then fails one
 
 from .codec import Codec, check_sizes, check_vae, latent_ratio, latent_size
 from .demo_models import null_clip, picture_vae, slim_sd15
+from .faults import stop_when_interrupted
 from .gradients import differentiable_options, gradients, normal_tensors, normal_weights
 from .internals import naming_what_is_missing, without
 from .loading import resident, static_patcher
@@ -59,5 +61,6 @@ __all__ = [
     "state_of",
     "static_patcher",
     "stock_sampler",
+    "stop_when_interrupted",
     "without",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .faults import check_finite
 from .memory import recomputed
 from .readout import throw_if_interrupted
 
@@ -38,6 +39,7 @@ class Codec:
         result = (recomputed(function) if self.recompute else function)(given.to(self.device, self.dtype))
         if given.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
             raise ValueError("vae: its output has no gradient; a node that patches the VAE computes without one, remove it")
+        check_finite(result, "the VAE returned NaN or infinite values; start ComfyUI with --fp32-vae, or use another VAE")
         return result
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...operators import LinearOperator
 from ...samplers import State
 from ..types import measured
 from . import guard
 from .codec import Codec, check_sizes, check_vae
+from .faults import Course, NotFinite, check_finite, stop_when_interrupted, stoppable_backward
 from .gradients import differentiable_options, gradients, normal_tensors
 from .internals import naming_what_is_missing
 from .loading import Loaded, control_networks, controls, resident
@@ -107,7 +107,7 @@ def run_on_host(
         codec = None
         if loaded.vae is not None:
             codec = Codec(loaded.vae, guider.inner_model.latent_format, vae.device, vae.vae_dtype)
-        denoise = denoiser(model, state)
+        denoise, course = denoiser(model, state), Course(len(sigmas) - 1)
 
         def run(codec: Codec | None, options: dict[str, Any]) -> Tensor:
             if check_gradients:
@@ -127,7 +127,7 @@ def run_on_host(
                 start.clone(),
                 sigmas_k,
                 extra_args=extra_args,
-                callback=host_callback(callback, state, readout, len(sigmas) - 1),
+                callback=host_callback(callback, state, readout, course),
                 disable=disable,
                 measurement=measurement,
                 autoencoder=codec,
@@ -137,7 +137,12 @@ def run_on_host(
         size = tuple(measurement.operator.in_shape[1:])
         if not network_gradient:
             loaded = dataclasses.replace(loaded, networks=[])  # nothing of theirs is kept, so nothing is worth computing again
-        result = run_in_memory(run, codec, loaded, memory, options, lighter, need, readout, size, x.device)
+        try:
+            with stoppable_backward():
+                result = run_in_memory(run, codec, loaded, memory, options, lighter, need, readout, size, x.device)
+            check_finite(result, "the last correction made NaN or infinite values; lower omega or w, or try another precision")
+        except NotFinite as error:
+            raise course.ended(error, codec) from error
         readout.finish()
         return state.from_k(result, sigmas_k[-1])
 
@@ -211,48 +216,39 @@ def lowest_precision(model: Any, codec: Codec | None) -> torch.dtype:
     return max(kinds, key=lambda kind: torch.finfo(kind).eps)
 
 
-def stop_when_interrupted(operator: LinearOperator) -> None:
-    """Let an operator, the run's own copy, and those in it notice a cancelled run, also within the iterations of a solve."""
-    forward = operator._forward
-
-    def watched(x: Tensor) -> Tensor:
-        throw_if_interrupted()
-        return forward(x)
-
-    for value in list(vars(operator).values()):
-        for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, LinearOperator):
-                stop_when_interrupted(part)
-    operator._forward = watched
-
-
 def denoiser(model: Any, state: State) -> Callable[..., Tensor]:
     """`model(x, sigma, **extra_args)` -> x0 in the k-state, around the host's model; without a gradient it is an error."""
 
     def denoise(x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        check_finite(
+            x,
+            f"the guidance of the step before sigma {float(sigma[0]):.4g} made NaN or infinite values; lower omega or w, or try "
+            "another precision",
+        )
         x_host = state.from_k(x, sigma.reshape(-1, 1, 1, 1))
         denoised = model(x_host, state.sigma_from_k(sigma), **extra_args)
         if x.requires_grad and torch.is_grad_enabled() and not denoised.requires_grad:
             raise ValueError(
                 "the model's output has no gradient: a patch or wrapper on the model computes without one; remove it"
             )
-        if not bool(torch.isfinite(denoised).all()):
-            raise RuntimeError(
-                f"the model returned NaN or infinite values at sigma {float(sigma[0]):.4g}; try a lower cfg or another precision"
-            )
+        check_finite(
+            denoised,
+            f"the model returned NaN or infinite values at sigma {float(sigma[0]):.4g}; try a lower cfg or another precision",
+        )
         return denoised
 
     return denoise
 
 
 def host_callback(
-    callback: Callable[[dict[str, Any]], None] | None, state: State, readout: Readout, steps: int
+    callback: Callable[[dict[str, Any]], None] | None, state: State, readout: Readout, course: Course
 ) -> Callable[[dict[str, Any]], None]:
     """Progress, previews in the host's state and the node's read-out, and a stop within one step when the user cancels."""
 
     def report(step: dict[str, Any]) -> None:
         throw_if_interrupted()
-        readout.step(step["i"], steps, float(step["sigma"]), step.get("residual"))
+        course.passed(step)
+        readout.step(step["i"], course.steps, float(step["sigma"]), step.get("residual"))
         if callback is not None:
             callback({**step, "x": state.from_k(step["x"], step["sigma"])})
 

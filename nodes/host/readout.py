@@ -42,7 +42,10 @@ def send_text(unique_id: str | None, text: str) -> bool:
 
 @without("pictures on nodes while they run")
 def send_picture(unique_id: str | None, image: Tensor) -> None:
-    """Show an IMAGE (1, H, W, 3) on any node, as ComfyUI shows what samplers preview. Only the page that asked gets it."""
+    """Show an IMAGE (1, H, W, 3) on a node that has run before, as ComfyUI shows what samplers preview.
+
+    Only the page that asked gets it. On a node that is still running it would hide the pictures that the node itself will show.
+    """
     from comfy_api import feature_flags
     from comfy_execution.progress import get_progress_state
     from PIL import Image
@@ -53,15 +56,16 @@ def send_picture(unique_id: str | None, image: Tensor) -> None:
     client = getattr(instance, "client_id", None)
     if unique_id is None or client is None:
         return
-    if feature_flags.supports_feature(instance.sockets_metadata, client, "supports_preview_metadata"):
-        run = get_progress_state()
-        node = {
-            "node_id": unique_id,
-            "prompt_id": run.prompt_id,
-            "display_node_id": run.dynprompt.get_display_node_id(unique_id),
-            "parent_node_id": run.dynprompt.get_parent_node_id(unique_id),
-            "real_node_id": run.dynprompt.get_real_node_id(unique_id),
-        }
+    run = get_progress_state()
+    node = {
+        "node_id": unique_id,
+        "prompt_id": run.prompt_id,
+        "display_node_id": run.dynprompt.get_display_node_id(unique_id),
+        "parent_node_id": run.dynprompt.get_parent_node_id(unique_id),
+        "real_node_id": run.dynprompt.get_real_node_id(unique_id),
+    }
+    knows = feature_flags.supports_feature(instance.sockets_metadata, client, "supports_preview_metadata")
+    if knows and instance.last_node_id != node["display_node_id"]:
         picture = Image.fromarray((image[0] * 255).round().byte().cpu().numpy())
         instance.send_sync(BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA, (("PNG", picture, None), node), client)
 

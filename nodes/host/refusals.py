@@ -23,6 +23,7 @@ def refuse_unsupported(guider: Any, x: Tensor, model_options: dict[str, Any], ne
         raise ValueError(
             f"the latent has {x.ndim} dimensions {tuple(x.shape)}; only pictures, (batch, channels, height, width), work"
         )
+    check_prompts(guider)
     if not network_gradient:
         return
     conds = [cond for group in guider.conds.values() for cond in group]
@@ -48,6 +49,21 @@ def refuse_unsupported(guider: Any, x: Tensor, model_options: dict[str, Any], ne
     patches = [patch for group in transformer.get("patches", {}).values() for patch in group]
     if any("tomesd" in (getattr(patch, "__module__", None) or "") for patch in patches):
         log.warning("Token merging is active: its choice of tokens is not differentiable, so the guidance is only approximate.")
+
+
+def check_prompts(guider: Any) -> None:
+    """Refuse a prompt that another family's text encoder has encoded, as far as the model's configuration tells its own."""
+    config = guider.inner_model.model_config.unet_config
+    embedder = (config.get("context_embedder_config") or {}).get("params", {})
+    width = config.get("context_dim") or embedder.get("in_features")
+    for kind, group in guider.conds.items():
+        for cond in group:
+            text = getattr(cond.get("model_conds", {}).get("c_crossattn"), "cond", None)
+            if isinstance(width, int) and isinstance(text, Tensor) and text.shape[-1] != width:
+                raise ValueError(
+                    f"{kind}: the prompt was encoded for another family of models: its vectors have {text.shape[-1]} numbers, this "
+                    f"model's have {width}. Encode it with the CLIP that belongs to the model"
+                )
 
 
 def state_of(model_sampling: Any) -> State:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -103,21 +104,24 @@ class MissingPixels(io.ComfyNode):
 
     @classmethod
     def execute(cls, pattern: dict, operator: OperatorRecipe | None = None) -> io.NodeOutput:
-        label, keep, shape = cls._pattern(pattern)
-        # Made once here too: wrong numbers are then this node's error, and the node shows the pattern.
-        preview = keep(shape)
+        # The preview is made here: wrong numbers are then this node's error, and the node shows the pattern.
+        label, keep, preview = cls._pattern(pattern)
         recipe = OperatorRecipe(label, lambda full: Mask(keep(full), channels=full[0])).after(operator)
         return io.NodeOutput(recipe, ui=shown(cls, preview.mean(1, keepdim=True).movedim(1, -1).expand(-1, -1, -1, 3)))
 
     @classmethod
-    def _pattern(cls, given: dict) -> tuple[str, Callable[[Shape], Tensor], Shape]:
-        """In words, shape of the picture -> keep, and a shape to preview it on."""
+    def _pattern(cls, given: dict) -> tuple[str, Callable[[Shape], Tensor], Tensor]:
+        """In words, shape of the picture -> keep, and what it keeps of some picture."""
         kind, nominal = given["pattern"], (3, PREVIEW, PREVIEW)
         if kind == "mask":
             return cls._from_mask(given["mask"], given["threshold"])
         if kind == "box":
             corner, size = (given["y"], given["x"]), (given["height"], given["width"])
-            shape = (3, max(PREVIEW, corner[0] + size[0]), max(PREVIEW, corner[1] + size[1]))
+            # A box far out needs a large picture, which is shown smaller.
+            extent = [max(PREVIEW, at + side) for at, side in zip(corner, size, strict=True)]
+            shrink = -(-max(extent) // (4 * PREVIEW))
+            small = [[n // shrink for n in numbers] for numbers in (extent, size, corner)]
+            preview = box_mask((3, *small[0]), tuple(max(1, n) for n in small[1]), tuple(small[2]))
 
             def box(full: Shape) -> Tensor:
                 if corner[0] + size[0] > full[1] or corner[1] + size[1] > full[2]:
@@ -127,20 +131,29 @@ class MissingPixels(io.ComfyNode):
                     )
                 return box_mask(full, size, corner)
 
-            return f"a missing box of {size[1]} x {size[0]}", box, shape
+            return f"a missing box of {size[1]} x {size[0]}", box, preview
         if kind == "random":
             lost, seed, each = given["fraction"], given["seed"], given["per_channel"]
-            return f"{lost:.0%} of the pixels missing", lambda full: random_mask(full, lost, seed, each), nominal
+            return (
+                f"{lost:.0%} of the pixels missing",
+                lambda full: random_mask(full, lost, seed, each),
+                random_mask(nominal, lost, seed, each),
+            )
         if 0 < given["period"] <= given["width"]:
             raise ValueError(
                 f"pattern: stripes {given['width']} wide every {given['period']} lines leave nothing; raise period or lower width"
             )
         lines = {key: given[key] for key in ("width", "offset", "direction", "fraction", "seed")}
-        return "missing lines", lambda full: stripe_mask(full, given["period"] or None, **lines), nominal
+        period = given["period"] or None
+        return "missing lines", lambda full: stripe_mask(full, period, **lines), stripe_mask(nominal, period, **lines)
 
     @staticmethod
-    def _from_mask(mask: Tensor, threshold: float) -> tuple[str, Callable[[Shape], Tensor], Shape]:
+    def _from_mask(mask: Tensor, threshold: float) -> tuple[str, Callable[[Shape], Tensor], Tensor]:
         mask = mask[None] if mask.ndim == 2 else mask
+        if mask.ndim != 3 or mask.numel() == 0:
+            raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected (batch, height, width), with at least one pixel")
+        if not bool(torch.isfinite(mask).all()):
+            raise ValueError("mask: has NaN or infinite values; the node before it went wrong")
         keep = (mask < threshold)[:, None].float()
         if bool(keep.all()):
             raise ValueError(
@@ -159,4 +172,4 @@ class MissingPixels(io.ComfyNode):
                 )
             return keep
 
-        return f"{1 - float(keep.double().mean()):.1%} of the pixels missing", bind, (3, height, width)
+        return f"{1 - float(keep.double().mean()):.1%} of the pixels missing", bind, keep

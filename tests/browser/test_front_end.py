@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import Browser
 from support.server_prompts import ROOT, TEMPLATES
 
 from dev.browser import FrontEnd
-from dev.server import PACK
+from dev.server import PACK, Server
 
 
 def template(name: str) -> dict[str, Any]:
@@ -104,6 +105,89 @@ def test_dynamic_combo_switches_the_inputs(front_end: FrontEnd) -> None:
         sent = front_end.prompt()[str(node["id"])]["inputs"]
         assert {key for key in sent if key.startswith("pattern.")} - {"pattern.mask"} == widgets
         assert front_end.nodes()["Operator"]["box"][3] > front_end.nodes()["Operator"]["box"][1]
+
+
+def connect(front_end: FrontEnd, source: str, output: str, target: str, name: str) -> None:
+    """Draw a link from an output to an input."""
+    front_end.page.evaluate(
+        """([source, output, target, name]) => {
+            const [from, to] = [source, target].map(title => window.app.rootGraph.nodes.find(n => n.title === title))
+            from.connect(from.outputs.findIndex(o => o.name === output), to, to.inputs.findIndex(i => i.name === name))
+        }""",
+        [source, output, target, name],
+    )
+
+
+@pytest.mark.parametrize(("name", "widgets"), [("Deblur", 5), ("Upscale", 5), ("Inpaint", 4)])
+def test_blueprint_is_found_and_placed(front_end: FrontEnd, name: str, widgets: int) -> None:
+    front_end.errors.clear()
+    front_end.load(template("denoise"))
+    place_blueprint(front_end, f"Posterior {name}")
+    node = front_end.nodes()[f"Posterior {name}"]
+    sockets = {"photo", "model", "vae", "positive", "negative"} | ({"mask"} if name == "Inpaint" else set())
+    assert set(node["inputs"]) >= sockets
+    assert len(node["widgets"]) == widgets
+    inside = [entry["class_type"] for key, entry in front_end.prompt().items() if ":" in key]
+    assert sorted(inside)[1:] == ["PosteriorMeasurementFromPhoto", "PosteriorRestore"]
+    assert front_end.errors == []
+
+
+def place_blueprint(front_end: FrontEnd, name: str) -> None:
+    """As a user does: a double click on free ground, the name, Enter."""
+    page = front_end.page
+    page.mouse.dblclick(800, 930)
+    page.keyboard.type(name)
+    page.get_by_text(name, exact=False).first.wait_for()
+    page.wait_for_timeout(1000)  # the list follows the typing after a while
+    page.keyboard.press("Enter")
+    page.wait_for_function("title => window.app.rootGraph.nodes.some(n => n.title === title)", arg=name)
+    page.mouse.click(1000, 900)
+
+
+def test_blueprint_runs(front_end: FrontEnd) -> None:
+    front_end.load(template("deblur_gaussian"))
+    place_blueprint(front_end, "Posterior Deblur")
+    for source, output, name in (
+        ("Measure (simulate)", "degraded", "photo"),
+        ("Load Demo Prior", "MODEL", "model"),
+        ("Load Demo Prior", "VAE", "vae"),
+        ("Positive Prompt", "CONDITIONING", "positive"),
+        ("Positive Prompt", "CONDITIONING", "negative"),
+    ):
+        connect(front_end, source, output, "Posterior Deblur", name)
+    connect(front_end, "Posterior Deblur", "image", "Result", "images")
+    set_widget(front_end, "Posterior Deblur", "quality", "fast")
+    set_widget(front_end, "Restore", "quality", "fast")
+    front_end.run()
+    (shown,) = front_end.nodes()["Result"]["pictures"]
+    with urllib.request.urlopen(shown) as answer:
+        assert Image.open(io.BytesIO(answer.read())).size == (128, 128)
+
+
+def test_help_panel_shows_the_page_and_its_picture(front_end: FrontEnd) -> None:
+    front_end.load(template("deblur_gaussian"))
+    page, box = front_end.page, front_end.on_screen()["Operator"]
+    page.mouse.click(box[0] + 40, box[1] + 8)
+    page.get_by_test_id("info-button").click()
+    page.get_by_text("what a single bright point becomes. Estimate Blur reads it").wait_for()
+    picture = page.locator("img[src*='docs/pictures/PosteriorBlur.webp']")
+    page.wait_for_function("image => image.complete && image.naturalWidth > 0", arg=picture.element_handle())
+
+
+def test_names_are_translated(browser: Browser, server: Server) -> None:
+    front_end = FrontEnd(browser, server, Comfy_Locale="ja")
+    try:
+        texts = json.loads((ROOT / "locales" / "ja" / "nodeDefs.json").read_text())["PosteriorFinish"]
+        found = front_end.page.evaluate(
+            """() => {
+                const node = window.LiteGraph.createNode("PosteriorFinish")
+                return [node.title, ...node.inputs.slice(0, 2).map(i => i.label ?? i.localized_name)]
+            }"""
+        )
+        assert found == [texts["display_name"], *(texts["inputs"][name]["name"] for name in ("image", "measurement"))]
+    finally:
+        front_end.page.close()
+        server.post("/settings", {"Comfy.Locale": "en"})
 
 
 def test_templates_are_offered_with_their_thumbnails(front_end: FrontEnd) -> None:

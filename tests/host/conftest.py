@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.host_runs import Host
+from support.host_versions import narrow_decoders
 from support.in_process import NoComfyUI, load_pack, start_comfyui
 from support.tiny_checkpoints import write_checkpoint
 
@@ -43,6 +44,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pat
     paths = {}
 
     def write(arch: str, **options: Any) -> Path:
+        if options.get("vae") == "kl" and not narrow_decoders():
+            options.setdefault("kl_width", 128)
         key = (arch, *sorted(options.items()))
         if key not in paths:
             paths[key] = write_checkpoint(folder / f"{len(paths)}_{arch}.safetensors", arch, **options)

@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from support.any_input import Surface, input_names, names_an_input, prepared, realised
 from torch import Tensor
 
-SLOW = {"PosteriorRestore": (12, 60), "PosteriorMemoryEstimate": (8, 60)}  # those that run or trace networks
+SLOW = {
+    "PosteriorRestore": (12, 60),
+    "PosteriorMemoryEstimate": (8, 60),
+    "PosteriorDemoPictures": (5, 30),
+}  # those that run or trace networks
 NODES = [
     "PosteriorMask",
     "PosteriorDownscale",
@@ -33,6 +37,9 @@ NODES = [
     "PosteriorMemoryEstimate",
     "PosteriorFinish",
     "PosteriorDemoPictures",
+    "PosteriorConsistency",
+    "PosteriorCompare",
+    "PosteriorSaveMeasurement",
 ]
 
 
@@ -42,10 +49,7 @@ def surface(pack: ModuleType, hosts: Callable, load: Callable, tiny: Callable) -
 
 
 def all_nodes(pack: ModuleType) -> dict[str, Any]:
-    import asyncio
-
-    extension = pack.nodes.PosteriorExtension()
-    return {node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}
+    return {node.define_schema().node_id: node for node in pack.nodes.NODES}
 
 
 def test_no_node_is_left_out(pack: ModuleType) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.host_runs import Host, Probe, directional_derivatives, pull_back
+from support.host_versions import needs, nodes_custom_sampler
 from support.tiny_checkpoints import conditioning, write_controlnet, write_lora
 from torch import Tensor
 
@@ -100,10 +101,10 @@ def test_t2i_adapter(sd15: Host, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cfg", [3.0, 1.0])
 def test_two_models_in_one_guider(cfg: float, sd15: Host, tiny: Callable[..., Path], load: Callable) -> None:
-    from comfy_extras.nodes_custom_sampler import Guider_DualModel
-
+    extras = nodes_custom_sampler()
+    needs(hasattr(extras, "Guider_DualModel"), "Guider_DualModel")
     other = load(tiny("sd15", seed=1, vae=None))[0]
-    guider = Guider_DualModel(sd15.model, other)
+    guider = extras.Guider_DualModel(sd15.model, other)
     guider.set_conds(conditioning("sd15", 1), conditioning("sd15", 2))
     guider.set_cfg(cfg)
     assert_gradient(sd15, guider=guider)

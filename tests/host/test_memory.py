@@ -1,6 +1,7 @@
 """Modes of memory in the real ComfyUI: the same picture in each, a fall to the next on lack of it, and estimates."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ import pytest
 import torch
 from support.full_networks import base_model, kl_network
 from support.host_runs import Host, Probe, Scarce, directional_derivatives, layer_of, pull_back
+from support.host_versions import needs, nodes_custom_sampler
 from support.tiny_checkpoints import conditioning, write_controlnet
 from torch import Tensor
 
@@ -300,6 +302,8 @@ def paged(patcher: Any) -> Any:
     """The patcher as a class that says it pages, which a CPU never does; its twin is ComfyUI's real reload from the file."""
     import comfy.model_patcher
 
+    needs("force_deepcopy" in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters, "deep copies of models")
+
     class Paged(comfy.model_patcher.ModelPatcher):
         def is_dynamic(self) -> bool:
             return True
@@ -343,13 +347,13 @@ def test_paged_model_and_vae_are_swapped_for_twins(
 def test_paged_second_model_is_swapped_for_a_twin(
     hosts: Callable[..., Host], tiny: Callable[..., Path], load: Callable
 ) -> None:
-    from comfy_extras.nodes_custom_sampler import Guider_DualModel
-
+    extras = nodes_custom_sampler()
+    needs(hasattr(extras, "Guider_DualModel"), "Guider_DualModel")
     h = hosts("sd15")
     results = []
     for wrap in (lambda patcher: patcher, paged):
         other = wrap(load(tiny("sd15", seed=1, vae=None))[0])
-        guider = Guider_DualModel(h.model, other)
+        guider = extras.Guider_DualModel(h.model, other)
         guider.set_conds(conditioning("sd15", 1), conditioning("sd15", 2))
         guider.set_cfg(3.0)
         results.append(h.sample(psld(h), guider=guider, steps=2))
@@ -362,6 +366,7 @@ def test_paged_controlnet_is_copied(mode: str, hosts: Callable[..., Host], tmp_p
     """Two in a chain, the first of which pages: the gradient is right, and the user's own ControlNet is as it was."""
     import comfy.controlnet
 
+    needs(hasattr(comfy.controlnet.ControlBase, "deepclone_multigpu"), "copies of ControlNets")
     h = hosts("sd15")
     with torch.inference_mode():
         net, plain = (

@@ -193,6 +193,27 @@ def test_iterations_that_do_not_end_are_admitted(nodes: ModuleType, pack: Module
     assert re.search(r"does not agree\. Whether any picture could is not known \(A_dagger: relative residual", text)
 
 
+@pytest.mark.parametrize("node", ["Consistency", "Finish"])
+def test_cancelling_ends_the_iterations(
+    nodes: ModuleType, pack: ModuleType, comfy: ModuleType, node: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as mm
+
+    looked: list[int] = []
+
+    def cancelled() -> None:
+        looked.append(1)
+        if len(looked) == 50:
+            raise mm.InterruptProcessingException
+
+    monkeypatch.setattr(nodes.host.faults, "throw_if_interrupted", cancelled)
+    measurement = measure(nodes, detailed(32, 32), KINDS["shaken"](pack))
+    run = nodes.readouts.Consistency.execute if node == "Consistency" else nodes.finish.Finish.execute
+    with torch.inference_mode(), pytest.raises(mm.InterruptProcessingException):
+        run(picture(32, 32, seed=1), measurement, 1.0)
+    assert len(looked) == 50
+
+
 def test_combined_measurements_are_read_photo_by_photo(nodes: ModuleType, pack: ModuleType) -> None:
     truth = picture(batch=2)
     parts = [measure(nodes, truth, KINDS[kind](pack), sigma) for kind, sigma in (("area", 0.02), ("grey", 0.1))]

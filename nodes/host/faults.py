@@ -1,0 +1,85 @@
+"""A run that ends on its way: cancelled, also in a backward pass or a solve, or with NaN from a network."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...operators import LinearOperator
+from .internals import without
+from .readout import throw_if_interrupted
+
+
+class NotFinite(RuntimeError):
+    """NaN or infinite values where no picture comes of them."""
+
+
+def check_finite(tensor: Tensor, message: str) -> None:
+    """Raise NotFinite with this message."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise NotFinite(message)
+
+
+def stoppable_backward() -> torch.autograd.graph.saved_tensors_hooks:
+    """Inside, a backward pass notices a cancelled run at each layer, as ComfyUI's layers do on the way forward."""
+
+    def save(tensor: Tensor) -> tuple[Tensor, int]:
+        alias = tensor.detach()  # the tensor itself would be held by its own history
+        return alias, alias._version
+
+    def read(saved: tuple[Tensor, int]) -> Tensor:
+        throw_if_interrupted()
+        tensor, version = saved
+        if tensor._version != version:  # what PyTorch says when there are no hooks
+            raise RuntimeError("a tensor needed for the gradient has been modified by an inplace operation")
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(save, read)
+
+
+def stop_when_interrupted(operator: LinearOperator) -> None:
+    """Let an operator, the run's own copy, and those in it notice a cancelled run, also within the iterations of a solve."""
+    forward = operator._forward
+
+    def watched(x: Tensor) -> Tensor:
+        throw_if_interrupted()
+        return forward(x)
+
+    for value in list(vars(operator).values()):
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, LinearOperator):
+                stop_when_interrupted(part)
+    operator._forward = watched
+
+
+class Course:
+    """How far a run has come: what is left of it when it ends in NaN."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.done = steps, 0
+        self.denoised: Tensor | None = None
+
+    def passed(self, step: dict[str, Any]) -> None:
+        """Take in one step of a sampler's callback."""
+        self.done, self.denoised = step["i"] + 1, step["denoised"]
+
+    def ended(self, error: NotFinite, codec: Any) -> NotFinite:
+        """The error with the step it happened in; the last good estimate of the picture is saved."""
+        where = f"step {min(self.done + 1, self.steps)} of {self.steps}: {error}"
+        if self.denoised is None:
+            return NotFinite(f"{where}. No step was finished, so that there is nothing to save")
+        return NotFinite(f"{where}. {self._save(codec)}")
+
+    def _save(self, codec: Any) -> str:
+        try:
+            with torch.no_grad(), without("the picture of a run that failed"):
+                from comfy_api.latest import io, ui
+
+                image = self.denoised if codec is None else codec.decode(self.denoised)
+                picture = ((image.float().cpu() + 1) / 2).clamp(0, 1).movedim(1, -1)
+                saved = ui.ImageSaveHelper.save_images(picture, "posterior_unfinished", io.FolderType.output, None)
+                names = ", ".join(entry["filename"] for entry in saved)
+                return f"The last good estimate, of step {self.done}, is saved in ComfyUI's output folder as {names}"
+        except (NotFinite, OSError) as second:
+            return f"The last good estimate could not be saved ({second})"
+        return "The last good estimate could not be saved"

@@ -1,0 +1,137 @@
+"""Many prompts on one server, two at a time, and a server that is killed: nothing grows, nothing mixes, nothing is lost."""
+
+import gc
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from support.server_prompts import Prompt, add, picture
+
+from dev.server import PromptFailed, Server, running
+from dev.setup_host import prepare
+from operators import load_measurement
+
+CHOICE = {
+    "box": ("PosteriorMask", {"pattern": "box", "pattern.x": 40, "pattern.y": 36, "pattern.width": 40, "pattern.height": 44}),
+    "area": ("PosteriorDownscale", {"method": "area", "method.factor": 8}),
+    "grey": ("PosteriorGrayscale", {"weights": "Rec.709"}),
+    "blur": ("PosteriorBlur", {
+        "kernel": "gaussian", "kernel.sigma": 2.0, "kernel.sigma_across": 0.0, "kernel.angle": 0.0, "boundary": "circular",
+    }),
+}  # fmt: skip
+
+
+def task(number: int, save: str | None = None, quality: str = "fast") -> Prompt:
+    """One of many: the operator, the size, the noise, the method and the seed depend on the number."""
+    draw = random.Random(number)
+    kind = draw.choice([*CHOICE])
+    side = draw.choice([64, 64, 72, 96])
+    prompt: Prompt = {"1": {"class_type": "PosteriorLoadDemoPrior", "inputs": {}, "_meta": {"title": "Prior"}}}
+    whole = add(prompt, "Whole", "PosteriorDemoPictures", first=number % 7, count=1)
+    size = {"width": side, "height": side, "upscale_method": "area", "crop": "disabled"}
+    photo = add(prompt, "Truth", "ImageScale", image=[whole, 0], **size)
+    operator = add(prompt, "Operator", CHOICE[kind][0], **{
+        key: value // 2 if key in ("pattern.x", "pattern.y", "pattern.width", "pattern.height") else value
+        for key, value in CHOICE[kind][1].items()
+    })  # fmt: skip
+    sigma = 0.02 if kind == "blur" else draw.choice([0.0, 0.03])
+    noise = {"noise": "Gaussian", "noise.sigma": sigma, "seed": number}
+    measure = add(prompt, "Measure", "PosteriorMeasureSimulate", image=[photo, 0], operator=[operator, 0], **noise)
+    text = add(prompt, "Text", "CLIPTextEncode", clip=["1", 1], text="")
+    given = {"method": "C-PiGDM" if save else draw.choice(["C-PiGDM", "C-PiGDM", "C-PiGDM", "PSLD"]), "quality": quality}
+    given |= {"seed": number, "cfg": 1.0, "memory": draw.choice(["auto", "lowest"])}
+    links = {"model": ["1", 0], "vae": ["1", 2], "positive": [text, 0], "measurement": [measure, 0]}
+    restore = add(prompt, "Restore", "PosteriorRestore", **links, **given)
+    add(prompt, "Result", "PreviewImage" if save is None else "SaveImage", images=[restore, 0])
+    if save is not None:
+        prompt[str(max(map(int, prompt)))]["inputs"]["filename_prefix"] = save
+        add(prompt, "Save", "PosteriorSaveMeasurement", measurement=[measure, 0], filename_prefix=f"measurements/{save}")
+    return prompt
+
+
+def result(server: Server, prompt: Prompt) -> np.ndarray:
+    return picture(server, server.run(prompt), prompt, "Result")
+
+
+def memory(server: Server) -> int:
+    server.post("/free", {"free_memory": True, "unload_models": False})  # the host's own caches of results are not ours
+    time.sleep(2)
+    return psutil.Process(server.process.pid).memory_info().rss
+
+
+@pytest.fixture(scope="module")
+def comfyui() -> Path:
+    return prepare()["comfyui"]
+
+
+def test_many_prompts(
+    server: Server, base: Path, comfyui: Path, count: Callable[[int, int], int], note: Callable[[str], None], tmp_path: Path
+) -> None:
+    """Memory does not grow, two clients do not mix, and the last results are those of a fresh server."""
+    number = count(14, 200)
+    warm = number // 2
+    results = {}
+    for i in range(warm):
+        results[i] = result(server, task(i))
+    before = memory(server)
+    for i in range(warm, number):
+        results[i] = result(server, task(i))
+    after = memory(server)
+    growth = after / before - 1
+    note(f"memory of the server: {before / 2**20:.0f} MiB after {warm} prompts, {after / 2**20:.0f} MiB after {number}")
+    assert growth <= 0.02, f"{before / 2**20:.0f} MiB became {after / 2**20:.0f} MiB"
+
+    again = [0, warm - 1, number - 1]
+    assert all(np.array_equal(result(server, task(i)), results[i]) for i in again)
+    pair: dict[int, np.ndarray] = {}
+
+    def client(i: int) -> None:
+        pair[i] = result(server, task(i))
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in again[:2]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(pair[i], results[i]) for i in again[:2])
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "OMP_NUM_THREADS", environment["OMP_NUM_THREADS"])
+        with running(server.process.args[0], comfyui, base, tmp_path / "second.log", "--cpu") as fresh:
+            assert all(np.array_equal(result(fresh, task(i)), results[i]) for i in again)
+            killed_while_it_samples(fresh, base)
+
+
+def killed_while_it_samples(server: Server, base: Path) -> None:
+    """What was finished before is whole on the disk: the picture, and the measurement, which loads."""
+    from PIL import Image
+
+    done = task(1, save="killed")
+    expected = result(server, done)
+    steps: list[Any] = []
+
+    def kill(message: dict[str, Any]) -> None:
+        if message["type"] == "progress" and not steps:
+            steps.append(message)
+            server.process.kill()
+
+    # The connection breaks: whatever kind of error that is here, there is no result.
+    with pytest.raises((OSError, PromptFailed, Exception)):
+        server.run(task(2, save="killed", quality="best"), kill)
+    assert server.process.wait(30) == -9
+    pictures = sorted((base / "output").glob("killed*.png"))
+    assert [np.array_equal(np.asarray(Image.open(path)), expected) for path in pictures] == [True]
+    files = sorted((base / "output" / "measurements").glob("killed*"))
+    assert files
+    for path in files:
+        assert path.suffix == ".safetensors"
+        assert load_measurement(path).y.isfinite().all()
+    gc.collect()
