@@ -96,7 +96,7 @@ class FrontEnd:
         result = self.wait()
         if result["end"] != "execution_success":
             raise RuntimeError(f"{result['end']}: {result.get('node_type')}: {result.get('exception_message')}")
-        self._look_at(0.3, 200, 600)  # the front end fetches the pictures of nodes that it draws, and no others
+        self.look_at(0.3, 200, 600)  # the front end fetches the pictures of nodes that it draws, and no others
         self.page.wait_for_function(
             """() => window.app.rootGraph.nodes.every(n => {
                 const pictures = n.imgs ?? []
@@ -127,10 +127,11 @@ class FrontEnd:
         width, height = (max(box[i + 2] for box in boxes) + margin - start for i, start in ((0, left), (1, top - 20)))
         scale = min(1.0, widest / width)
         self.page.set_viewport_size({"width": round(scale * width), "height": round(scale * height)})
-        self._look_at(scale, -left, 20 - top)
+        self.look_at(scale, -left, 20 - top)
         self.page.wait_for_timeout(700)  # the fields over the canvas follow it a few frames later
 
-    def _look_at(self, scale: float, x: float, y: float) -> None:
+    def look_at(self, scale: float, x: float, y: float) -> None:
+        """Show the workflow with its origin at scale * (x, y)."""
         self.page.evaluate(
             """([scale, x, y]) => {
                 const canvas = window.app.canvas

@@ -21,7 +21,7 @@ from dev.browser import FrontEnd, running_browser  # noqa: E402
 from dev.make_templates import ui_format  # noqa: E402
 from dev.server import PACK, running  # noqa: E402
 from dev.setup_host import prepare  # noqa: E402
-from dev.templates import DEMO_TEMPLATES, GALLERY, TEMPLATES, Template  # noqa: E402
+from dev.templates import DEMO_TEMPLATES, GALLERY, OWN_TEMPLATES, TEMPLATES, Template  # noqa: E402
 
 SIDE = 320  # of a thumbnail
 LARGEST = 150_000  # bytes of a file
@@ -56,6 +56,12 @@ def thumbnail(template: Template, nodes: dict[str, Any]) -> Image.Image:
     return after
 
 
+def beginning(picture: Image.Image) -> Image.Image:
+    """The left end of a workflow."""
+    side = min(picture.size)
+    return picture.crop((0, 0, side, side)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
 def screenshot(front_end: FrontEnd) -> Image.Image:
     front_end.show()
     return Image.open(io.BytesIO(front_end.page.screenshot())).convert("RGB")
@@ -76,9 +82,12 @@ def main() -> int:
     comfyui, found = prepare()["comfyui"], {}
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary)
-        for name in ("models", "input", "output", "user", "custom_nodes"):
-            (base / name).mkdir()
+        for name in ("models/checkpoints", "input", "output", "user", "custom_nodes"):
+            (base / name).mkdir(parents=True)
         (base / "custom_nodes" / PACK).symlink_to(ROOT, target_is_directory=True)
+        for template in OWN_TEMPLATES:
+            loader = next(node for node in template.nodes if node.type == "CheckpointLoaderSimple")
+            (base / "models" / "checkpoints" / loader.inputs["ckpt_name"]).touch()  # offered by the loader, and never loaded
         (base / "input" / "example.png").write_bytes((comfyui / "input" / "example.png").read_bytes())
         with running(sys.executable, comfyui, base, base / "log", "--cpu") as server, running_browser() as browser:
             front_end = FrontEnd(browser, server, **QUIET)
@@ -97,18 +106,11 @@ def main() -> int:
                     continue
                 save(picture, ROOT / "docs" / "templates" / f"{template.name}.webp")
                 # Their checkpoints are not here: what they look like stands for what they do.
-                small = thumbnail(template, front_end.nodes()) if runs else square(picture)
+                small = thumbnail(template, front_end.nodes()) if runs else beginning(picture)
                 save(small, ROOT / "workflows" / f"{template.name}.jpg")
     for name, picture in found.items():
         save(picture, ROOT / "web" / "docs" / "pictures" / f"{name}.webp")
     return 0
-
-
-def square(picture: Image.Image) -> Image.Image:
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    sheet = Image.new("RGB", (SIDE, SIDE), picture.getpixel((2, 2)))
-    sheet.paste(picture, ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2))
-    return sheet
 
 
 if __name__ == "__main__":

@@ -168,9 +168,9 @@ DEMO_TEMPLATES = [
         f"pixel comes back bit-exact.\n\n{SWAP},\n* **Flakes** by the mask of Load Image; paint it in the mask editor.",
         one_node(
             [
-                operator("PosteriorMask", 0, "Specks", pattern="random", pattern__fraction=0.006, pattern__seed=3),
+                operator("PosteriorMask", 0, "Specks", pattern="random", pattern__fraction=0.01, pattern__seed=3),
                 Node("PosteriorMeasureSimulate", "Specks as Mask", 1, {"image": TRUTH, "operator": ("Specks", 0)}),
-                Node("GrowMask", "Flakes", 2, {"mask": ("Specks as Mask", 2), "expand": 4}),
+                Node("GrowMask", "Flakes", 2, {"mask": ("Specks as Mask", 2), "expand": 3}),
                 operator("PosteriorMask", 3, pattern="mask", pattern__mask=("Flakes", 0)),
             ],
             first=6,
@@ -190,9 +190,9 @@ DEMO_TEMPLATES = [
     ),
     Template(
         "destripe",
-        f"## Destriping with C-PiGDM\nSix of every sixteen lines are dead. **Find Stripes** finds them in your photo.\n\n{SWAP}.",
+        f"## Destriping with C-PiGDM\nFour of every sixteen lines are dead. **Find Stripes** finds them in your photo.\n\n{SWAP}.",
         stock_graph(
-            [operator("PosteriorMask", 0, pattern="stripes", pattern__period=16, pattern__width=6)],
+            [operator("PosteriorMask", 0, pattern="stripes", pattern__period=16, pattern__width=4)],
             cpigdm(),
             steps=10,
             pictures=(4, 1),
@@ -247,6 +247,7 @@ DEMO_TEMPLATES = [
             picture("Map", 4, ("Uncertainty", 1)),
             picture("Truth", 4, TRUTH),
         ],
+        before="Result",
         after="Map",
     ),
 ]
@@ -343,7 +344,9 @@ GALLERY = Template(
         Node("PosteriorEstimateStripes", "Find Stripes", 2, {"photo": DEGRADED}),
         Node("MaskToImage", "Lines", 3, {"mask": ("Find Stripes", 0)}),
         picture("Lost", 4, ("Lines", 0)),
-        Node("PosteriorEstimateBlur", "Estimate Blur", 2, {"photo": TRUTH, "method": "whole photo"}),
+        operator("PosteriorBlur", title="Blur", kernel="gaussian", kernel__sigma=2.5),
+        Node("PosteriorMeasureSimulate", "Blurred", 1, {"image": TRUTH, "operator": ("Blur", 0)}),
+        Node("PosteriorEstimateBlur", "Estimate Blur", 2, {"photo": ("Blurred", 1), "method": "whole photo"}),
         Node("PreviewAny", "Width", 3, {"source": ("Estimate Blur", 1)}),
         Node(
             "PosteriorMeasurementFromPhoto",

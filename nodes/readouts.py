@@ -17,6 +17,9 @@ from .types import CATEGORY, MeasurementType, measured, to_signal
 
 EXACT = 1e-5  # root mean square on the 0 to 1 scale; what float32 pictures leave
 ROUNDING = 0.5 / 255  # the most that 8 bits change a value
+WINDOW = 11  # of SSIM, pixels
+FORMATS = {"PSNR": "PSNR {:.2f} dB", "SSIM": "SSIM {:.4f}", "LPIPS": "LPIPS {:.4f}"}
+LPIPS_TRUNK = "alexnet-owt-7be5be79.pth"  # as torchvision names the weights in torch's cache
 
 
 class Consistency(io.ComfyNode):
@@ -185,7 +188,7 @@ def residual_floor(photo: Measurement) -> float:
 
     Without noise ||(I - A A^+) y||, exactly. With noise the residual of argmin ||A x - y||^2 / sigma^2 + ||x||^2: pictures are
     spread about 1 in each direction, so that what A passes on by less than sigma is noise, and a photo with more there is not
-    a photo through A.
+    a photo through A. Masks, downscaling, and black and white can give any photo: their floor is 0, whoever made it.
 
     Raises:
         ConvergenceError: an operator without a closed form whose iterations do not end.
@@ -253,11 +256,6 @@ class Compare(io.ComfyNode):
         picture = beside(first, second, heat((error.sqrt() / brightest).clamp(0, 1).float()))
         means = (float(values[key].mean()) for key in ("PSNR", "SSIM"))
         return io.NodeOutput(picture, *means, ui=shown(cls, picture, text="\n".join(lines)))
-
-
-WINDOW = 11  # of SSIM, pixels
-FORMATS = {"PSNR": "PSNR {:.2f} dB", "SSIM": "SSIM {:.4f}", "LPIPS": "LPIPS {:.4f}"}
-LPIPS_TRUNK = "alexnet-owt-7be5be79.pth"  # as torchvision names the weights in torch's cache
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:

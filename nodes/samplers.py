@@ -209,7 +209,7 @@ class SamplerCPiGDM(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "inner_steps",
-                    default=3,
+                    default=2,
                     min=1,
                     max=50,
                     tooltip="Consistency steps through the VAE for each network call. More follow the photo sooner, and cost time.",
@@ -224,12 +224,13 @@ class SamplerCPiGDM(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "eta",
-                    default=0.0,
+                    default=2.0,
                     min=0.0,
-                    max=1.0,
-                    step=0.05,
+                    max=5.0,
+                    step=0.1,
                     advanced=True,
-                    tooltip="Fresh noise each step: 0 is DDIM, 1 is DDPM.",
+                    tooltip="Fresh noise each step: 0 is DDIM, 1 is DDPM, and with few steps more than that is better: it forgets what an "
+                    "early step got wrong. From 2 on nearly all noise is fresh.",
                 ),
                 io.DynamicCombo.Input(
                     "weight",

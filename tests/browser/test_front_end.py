@@ -133,15 +133,16 @@ def test_blueprint_is_found_and_placed(front_end: FrontEnd, name: str, widgets: 
 
 
 def place_blueprint(front_end: FrontEnd, name: str) -> None:
-    """As a user does: a double click on free ground, the name, Enter."""
+    """As a user does: the search for nodes, the name, Enter, and a click where it is to go."""
     page = front_end.page
-    page.mouse.dblclick(800, 930)
-    page.keyboard.type(name)
-    page.get_by_text(name, exact=False).first.wait_for()
-    page.wait_for_timeout(1000)  # the list follows the typing after a while
-    page.keyboard.press("Enter")
+    front_end.look_at(0.5, 100, 600)
+    page.evaluate("() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    search = page.get_by_placeholder("Add a node...")
+    search.fill(name)
+    page.locator("#results-list").get_by_text(name).first.wait_for()
+    search.press("Enter")
     page.wait_for_function("title => window.app.rootGraph.nodes.some(n => n.title === title)", arg=name)
-    page.mouse.click(1000, 900)
+    page.mouse.click(1300, 900)
 
 
 def test_blueprint_runs(front_end: FrontEnd) -> None:
@@ -166,6 +167,7 @@ def test_blueprint_runs(front_end: FrontEnd) -> None:
 
 def test_help_panel_shows_the_page_and_its_picture(front_end: FrontEnd) -> None:
     front_end.load(template("deblur_gaussian"))
+    front_end.look_at(0.7, 200, 600)
     page, box = front_end.page, front_end.on_screen()["Operator"]
     page.mouse.click(box[0] + 40, box[1] + 8)
     page.get_by_test_id("info-button").click()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from support.any_input import Surface, input_names, names_an_input, prepared, realised
+from support.any_input import Picture, Surface, input_names, names_an_input, prepared, realised
+from support.host_runs import Host
 from torch import Tensor
 
 SLOW = {
@@ -120,7 +121,8 @@ def check_outputs(node: Any, given: dict[str, Any], outputs: tuple[Any, ...]) ->
             assert bool(((value >= 0) & (value <= 1)).all())
         elif kind == "FLOAT":
             assert isinstance(value, float)
-            assert abs(value) < float("inf")
+            assert value == value  # no NaN
+            assert output.id in ("relative", "sigmas", "psnr") or abs(value) < float("inf")
         elif kind == "LATENT":
             assert bool(value["samples"].isfinite().all())
         elif kind == "MEASUREMENT":
@@ -160,3 +162,76 @@ SIZES: dict[str, Callable[[dict[str, Any], tuple[Any, ...]], list[tuple[Any, Any
     ],
     "PosteriorEstimateStripes": lambda given, out: [(out[0].shape[1:], given["photo"].shape[1:3])],
 }
+
+
+@st.composite
+def any_run(draw: st.DrawFn, surface: Surface) -> dict[str, Any]:
+    """A whole sampling run: model, VAE, measurement, latent and settings, mostly of one kind."""
+    shapes = [(1, 4, 2, 3), (1, 4, 2, 2), (2, 4, 2, 2), (1, 4, 3, 3), (1, 16, 2, 2), (1, 4, 2, 2, 2), (3, 4, 2, 3)]
+    return {
+        "model": draw(st.sampled_from(["sd15", "sd15", "sd15", "sd3"])),
+        "vae": draw(st.sampled_from(["sd15", "sd15", "sd15", "sd3", "none", "not in the file", "video"])),
+        "measurement": draw(st.sampled_from(["area", "batch", "grey", "noise", "blur", "odd"])),
+        "latent": draw(st.sampled_from(shapes)),
+        "content": draw(st.sampled_from(["0", "random", "random", "NaN"])),
+        "method": draw(st.sampled_from(["sample_psld", "sample_cpigdm"])),
+        "steps": draw(st.integers(1, 2)),
+        "prompt": draw(st.sampled_from(["sd15", "sd15", "sd3"])),
+        "check_gradients": draw(st.booleans()),
+    }
+
+
+def test_whole_runs_come_out_right_or_name_what_does_not_fit(
+    surface: Surface, count: Callable[[int, int], int], note: Callable[[str], None]
+) -> None:
+    """As SamplerCustomAdvanced runs them. The next run after any of them gives what it always gave."""
+    host, samplers = surface.pack.nodes.host, surface.pack.samplers
+    messages: dict[str, int] = {}
+
+    def sample(given: dict[str, Any]) -> Tensor:
+        measurement, vae = surface.value("MEASUREMENT", given["measurement"]), surface.value("VAE", given["vae"])
+        through_network = given["method"] == "sample_psld"
+        sampler = host.stock_sampler(
+            getattr(samplers, given["method"]),
+            measurement,
+            vae,
+            check_gradients=given["check_gradients"],
+            network_gradient=through_network,
+            **({"rule": "line_search", "gamma": 0.0} if through_network else {}),
+        )
+        h = Host(surface.pack, given["model"], surface.value("MODEL", given["model"]), vae)
+        guider = h.guider(1.0, surface.value("CONDITIONING", given["prompt"]), surface.value("CONDITIONING", given["prompt"]))
+        return h.sample(sampler, guider, given["steps"], Picture(given["latent"], given["content"]).tensor())
+
+    good = {"model": "sd15", "vae": "sd15", "measurement": "area", "latent": (1, 4, 2, 3), "content": "random"}
+    good |= {"method": "sample_psld", "steps": 1, "prompt": "sd15", "check_gradients": False}
+    expected = sample(good)
+
+    @settings(
+        max_examples=count(25, 200),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(any_run(surface))
+    def run(drawn: dict[str, Any]) -> None:
+        try:
+            result = sample(drawn)
+        except (ValueError, RuntimeError) as refusal:
+            message = str(refusal)
+        else:
+            assert tuple(result.shape) == drawn["latent"]
+            assert result.isfinite().all()
+            return
+        assert names_an_input(
+            message, {"latent", "latent_image", "measurement", "vae", "positive", "model", "check_gradients"}
+        ), message
+        summary = re.sub(r"-?\d[\d.e+-]*", "#", message)
+        messages[summary] = messages.get(summary, 0) + 1
+
+    run()
+    assert torch.equal(sample(good), expected)
+    for message, number in sorted(messages.items(), key=lambda item: -item[1]):
+        note(f"{number} x {message}")

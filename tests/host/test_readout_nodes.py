@@ -67,6 +67,11 @@ def test_figures_are_those_of_what_was_measured(nodes: ModuleType, pack: ModuleT
     assert float(said[1]) == pytest.approx(rms, rel=0.05)
     assert float(said[2]) == pytest.approx(100 * relative, abs=0.01)
     assert float(said[3]) == pytest.approx(sigmas, abs=0.01)
+    # Nor does what a file of another program may have there.
+    y = measurement.y.clone()
+    y[:, :, :24] = 0.7
+    scribbled = pack.operators.Measurement(y, measurement.operator, measurement.sigma)
+    assert consistency(nodes, result, scribbled)[1:] == (relative, sigmas, agrees, text)
 
 
 def test_picture_is_photo_result_and_difference(nodes: ModuleType, pack: ModuleType) -> None:

@@ -71,7 +71,7 @@ class Surface:
         """Keyword arguments for a node's `execute`."""
         return _all(self, node.define_schema().inputs)
 
-    def value(self, kind: str, given: Any, name: str) -> Any:
+    def value(self, kind: str, name: str) -> Any:
         """The object behind a drawn name."""
         return {**self.made.get(kind, {}), **self.ready.get(kind, {})}[name]
 
@@ -195,7 +195,7 @@ def realised(surface: Surface, given: Any) -> Any:
     if isinstance(given, Picture):
         return given.tensor()
     if isinstance(given, Named):
-        return surface.value(given.kind, None, given.name)
+        return surface.value(given.kind, given.name)
     if isinstance(given, dict):
         return {key: realised(surface, value) for key, value in given.items()}
     return given
