@@ -98,9 +98,9 @@ _Check = Callable[[str, object], object]  # (name, value from JSON) -> the argum
 _OPERATOR, _OPERATORS = "an operator", "operators"
 
 
-def _integer(name: str, value: object, lowest: int = 1) -> int:
-    if type(value) is not int or not lowest <= value <= MAX_SIDE:
-        raise ValueError(f"{name}: got {_short(value)}, expected an integer from {lowest} to {MAX_SIDE}")
+def _integer(name: str, value: object, lowest: int = 1, highest: int = MAX_SIDE) -> int:
+    if type(value) is not int or not lowest <= value <= highest:
+        raise ValueError(f"{name}: got {_short(value)}, expected an integer from {lowest} to {highest}")
     return value
 
 
@@ -122,11 +122,11 @@ def _text(name: str, value: object) -> str:
     return value
 
 
-def _sizes(count: int, lowest: int = 1) -> _Check:
+def _sizes(count: int, lowest: int = 1, highest: int = MAX_SIDE) -> _Check:
     def check(name: str, value: object) -> tuple[int, ...]:
         if not isinstance(value, list) or len(value) != count:
             raise ValueError(f"{name}: got {_short(value)}, expected {count} integers of {lowest} or more")
-        sizes = tuple(_integer(name, item, lowest) for item in value)
+        sizes = tuple(_integer(name, item, lowest, highest) for item in value)
         if math.prod(sizes) > MAX_PIXELS:
             raise ValueError(f"{name}: got {list(sizes)}, expected at most {MAX_PIXELS} values")
         return sizes
@@ -183,12 +183,13 @@ def _product_size(outer: LinearOperator, inner: LinearOperator) -> int:
 
 
 _SHAPE = _sizes(3)
+_FLAT = _sizes(3, highest=MAX_PIXELS)  # also of a stack's measurements, one long row
 _RESAMPLING = {"in_shape": _SHAPE, "out_size": _sizes(2), "boundary": _text}
 
 # A new operator is one line here.
 _RECORDS: dict[type[LinearOperator], _Record] = {
-    Identity: _Record({"in_shape": _SHAPE}, Identity),
-    Scale: _Record({"in_shape": _SHAPE, "gain": _number}, Scale),
+    Identity: _Record({"in_shape": _FLAT}, Identity),
+    Scale: _Record({"in_shape": _FLAT, "gain": _number}, Scale),
     Mask: _Record({"keep": _Array(torch.uint8, 4), "channels": _integer}, Mask, {"channels": lambda mask: mask.in_shape[0]}),
     Crop: _Record({"in_shape": _SHAPE, "size": _sizes(2), "corner": _sizes(2, 0)}, Crop),
     Grayscale: _Record({"in_shape": _SHAPE, "weights": _numbers}, Grayscale),

@@ -8,9 +8,6 @@ from torch import Tensor
 from .pixels import ROUNDING, measured
 from .steps import Autoencoder, per_image, vjp
 
-# Root mean square move of the finite difference, in latents of about unit variance: above the rounding of a bfloat16 decoder.
-PROBE = 0.1
-
 
 def measured_entries(measurement: Any) -> Tensor:
     """How many values of y measure anything, (B,)."""
@@ -37,6 +34,8 @@ def match_by_decoder(
     """
     operator, y = measurement.operator, measurement.y
     decode = (lambda z: z) if autoencoder is None else autoencoder.decode
+    # Root mean square move of the finite difference, in latents of about unit variance: above the decoder's rounding.
+    move = max(0.01, torch.finfo(getattr(autoencoder, "dtype", z.dtype)).eps ** 0.5)
     fit = None
     goal = measurement.sigma**2 * entries
     z = z.detach()
@@ -55,7 +54,7 @@ def match_by_decoder(
             direction = descent + per_image(beta, z) * direction
             before = descent
             size = _dot(direction, direction).sqrt().clamp(min=1e-30)
-            probe = PROBE * z[0].numel() ** 0.5 / size
+            probe = move * z[0].numel() ** 0.5 / size
             slope = (operator.A(decode(z + per_image(probe, z) * direction)) - seen) / per_image(probe, seen)
             curve = _dot(slope, slope).clamp(min=1e-30)
             best = (_dot(residual, slope) / curve).clamp(min=0)

@@ -13,7 +13,10 @@ NoiseSampler = Callable[[], Tensor]
 
 
 class Autoencoder(Protocol):
-    """Between scaled latents (B, c, h, w) and images (B, C, H, W) in [-1, 1]; both directions differentiable."""
+    """Between scaled latents (B, c, h, w) and images (B, C, H, W) in [-1, 1]; both directions differentiable.
+
+    An attribute `dtype`, if there is one, is the precision they compute in; without one it is that of what they are given.
+    """
 
     def decode(self, z: Tensor) -> Tensor: ...
 

@@ -252,9 +252,6 @@ def estimate(
     except InterruptProcessingException:  # the layers look out for it here too
         raise
     except Exception as error:
-        import traceback
-
-        traceback.print_exc()
         raise RuntimeError(f"the memory that {type(model).__name__} needs cannot be estimated ({error})") from error
     return Estimate(int(weights), tuple(stages), forward)
 

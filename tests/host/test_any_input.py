@@ -13,6 +13,8 @@ from support.any_input import Picture, Surface, input_names, names_an_input, pre
 from support.host_runs import Host
 from torch import Tensor
 
+pytestmark = pytest.mark.timeout(5400)  # with --full
+
 SLOW = {
     "PosteriorRestore": (12, 60),
     "PosteriorMemoryEstimate": (8, 60),

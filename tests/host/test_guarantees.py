@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from support.host_runs import Host
 from torch import Tensor
 
+pytestmark = pytest.mark.timeout(5400)  # with --full
+
 PROPERTY = {
     "derandomize": True,
     "database": None,

@@ -47,6 +47,7 @@ def gaussian(n: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 CASES: dict[str, Callable[[], LinearOperator]] = {
     "identity": lambda: Identity(SHAPE),
     "scale": lambda: Scale(SHAPE, 1 / 3),
+    "scale of a long row": lambda: Scale((1, 1, 20_000), 0.5),
     "mask": lambda: Mask(keep(1, 1, 13, 18)),
     "crop": lambda: Crop(SHAPE, (7, 11), (0, 3)),
     "mask of four channels": lambda: Mask(keep(1, 1, 13, 18), channels=4),

@@ -17,6 +17,8 @@ from dev.server import Server, running
 from dev.setup_host import prepare
 from operators import load_measurement
 
+pytestmark = pytest.mark.timeout(5400)  # with --full
+
 CHOICE = {
     "box": ("PosteriorMask", {"pattern": "box", "pattern.x": 40, "pattern.y": 36, "pattern.width": 40, "pattern.height": 44}),
     "area": ("PosteriorDownscale", {"method": "area", "method.factor": 8}),
