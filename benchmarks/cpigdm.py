@@ -168,7 +168,7 @@ def integrator_rows() -> list[str]:
         calls: dict[str, Call] = {"network": lambda: network(x), "dual: both functions of a step": dual}
         for name, weight in (("Bayes", Bayes(0.3, 0.04)), ("paper", Paper(2.0, 0.04))):
             calls[f"{name}: E and theta"] = lambda weight=weight: pull(weight, s, t)(values)
-            calls[f"{name}: Psi, 32 nodes"] = lambda weight=weight: psi(weight, s, t, 1.0, False)(values)
+            calls[f"{name}: Psi"] = lambda weight=weight: psi(weight, s, t, 1.0, False)(values)
         times = rounds(calls, 3)
     lines = []
     for name in calls:

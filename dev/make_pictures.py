@@ -101,7 +101,8 @@ def main() -> int:
                     print(template.name, "...", flush=True)
                     front_end.run()
                 picture = screenshot(front_end)
-                found = {**node_pictures(front_end, picture), **found}
+                if runs:
+                    found = {**node_pictures(front_end, picture), **found}
                 if template is GALLERY:
                     continue
                 save(picture, ROOT / "docs" / "templates" / f"{template.name}.webp")

@@ -31,7 +31,8 @@ GROWS = {
     **{f"PosteriorEstimate{name}": READOUT for name in ("Noise", "Stripes", "Blur")},
     **{f"Posterior{name}": READOUT for name in ("MeasureSimulate", "MeasurementFromPhoto", "CombineMeasurements")},
     **{f"Posterior{name}": READOUT for name in ("LoadMeasurement", "SamplerPSLD", "SamplerCPiGDM", "Restore")},
-    **{f"Posterior{name}": READOUT for name in ("Finish", "Consistency", "Compare", "MemoryEstimate")},
+    **{f"Posterior{name}": READOUT for name in ("Finish", "Consistency", "Compare", "MemoryEstimate", "SaveMeasurement")},
+    "PreviewAny": SHOWN,
 }
 SUBGRAPH_INPUT, SUBGRAPH_OUTPUT = -10, -20  # the front end's ids for the two edges of a subgraph
 

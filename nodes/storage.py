@@ -43,7 +43,7 @@ class SaveMeasurement(io.ComfyNode):
             save_measurement(path, measurement)
         except OSError as error:
             raise ValueError(
-                f"filename_prefix: {path} cannot be written ({error}); choose another name or make room"
+                f"filename_prefix: {path} cannot be written ({error.strerror or error}); choose another name or make room"
             ) from error
         text = f"saved as {path.name} in {path.parent}"
         return io.NodeOutput(ui={**shown(cls, text=text), "measurements": [saved]})

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-NODES = 32  # of the Gauss-Legendre rule
+NODES = 24  # of the Gauss-Legendre rule
 SMALLEST = 1e-30  # stands for the eigenvalue 0 where the limit is meant
 
 

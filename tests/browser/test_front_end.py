@@ -132,6 +132,9 @@ def test_blueprint_is_found_and_placed(front_end: FrontEnd, name: str, widgets: 
     assert front_end.errors == []
 
 
+FREE = (1000, 880)  # in the window; no node of a template is there when place_blueprint looks at it
+
+
 def place_blueprint(front_end: FrontEnd, name: str) -> None:
     """As a user does: the search for nodes, the name, Enter, and a click where it is to go."""
     page = front_end.page
@@ -141,8 +144,13 @@ def place_blueprint(front_end: FrontEnd, name: str) -> None:
     search.fill(name)
     page.locator("#results-list").get_by_text(name).first.wait_for()
     search.press("Enter")
-    page.wait_for_function("title => window.app.rootGraph.nodes.some(n => n.title === title)", arg=name)
-    page.mouse.click(1300, 900)
+    search.wait_for(state="detached")
+    placed = "title => window.app.rootGraph.nodes.some(n => n.title === title && !n.flags.ghost)"
+    page.wait_for_function(placed.replace("!n.flags", "n.flags"), arg=name)  # it hangs on the pointer
+    page.mouse.move(FREE[0] - 50, FREE[1] - 20)
+    page.mouse.move(*FREE, steps=5)
+    page.mouse.click(*FREE, delay=50)
+    page.wait_for_function(placed, arg=name)
 
 
 def test_blueprint_runs(front_end: FrontEnd) -> None:
@@ -200,9 +208,11 @@ def test_templates_are_offered_with_their_thumbnails(front_end: FrontEnd) -> Non
     card = page.get_by_test_id(f"template-workflow-{TEMPLATES[0]}")
     card.wait_for()
     for name in TEMPLATES:
-        picture = page.locator(f"img[src*='{PACK}/{name}.jpg']").first
-        picture.scroll_into_view_if_needed()
-        page.wait_for_function("image => image.complete && image.naturalWidth > 0", arg=picture.element_handle())
+        picture = page.get_by_test_id(f"template-workflow-{name}").locator("img").first
+        page.get_by_test_id(f"template-workflow-{name}").scroll_into_view_if_needed()
+        picture.wait_for()
+        page.wait_for_function("image => image.complete && image.naturalWidth === 320", arg=picture.element_handle())
+    card.scroll_into_view_if_needed()
     card.click()
     page.get_by_test_id("template-workflows-content").wait_for(state="detached")
     assert front_end.prompt() == twin(TEMPLATES[0])

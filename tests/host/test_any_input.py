@@ -43,6 +43,7 @@ NODES = [
     "PosteriorConsistency",
     "PosteriorCompare",
     "PosteriorSaveMeasurement",
+    "PosteriorLoadMeasurement",
 ]
 
 

@@ -75,19 +75,20 @@ def comfyui() -> Path:
 def test_many_prompts(
     server: Server, base: Path, comfyui: Path, count: Callable[[int, int], int], note: Callable[[str], None], tmp_path: Path
 ) -> None:
-    """Memory does not grow, two clients do not mix, and the last results are those of a fresh server."""
-    number = count(14, 200)
-    warm = number // 2
-    results = {}
-    for i in range(warm):
+    """Memory does not grow, two clients do not mix, and the last results are those of a fresh server.
+
+    Memory goes up and down by 1 % as allocators have it: four readings at each end. The few prompts of `make test` show what keeps
+    a few MB of each, the 200 of `make test-full` what keeps 100 kB.
+    """
+    warm, number = count(12, 40), count(20, 200)  # each size and method is run before the first reading counts
+    results, levels = {}, {}
+    for i in range(number):
         results[i] = result(server, task(i))
-    before = memory(server)
-    for i in range(warm, number):
-        results[i] = result(server, task(i))
-    after = memory(server)
-    growth = after / before - 1
-    note(f"memory of the server: {before / 2**20:.0f} MiB after {warm} prompts, {after / 2**20:.0f} MiB after {number}")
-    assert growth <= 0.02, f"{before / 2**20:.0f} MiB became {after / 2**20:.0f} MiB"
+        if warm - 4 <= i < warm or number - 4 <= i:
+            levels[i] = memory(server) / 2**20
+    before, after = max(list(levels.values())[:4]), min(list(levels.values())[4:])
+    note(f"memory of the server: {before:.0f} MiB after {warm} prompts, {after:.0f} MiB after {number}")
+    assert after <= 1.02 * before, levels
 
     again = [0, warm - 1, number - 1]
     assert all(np.array_equal(result(server, task(i)), results[i]) for i in again)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support.host_versions import needs
 from support.server_prompts import ROOT, TEMPLATES
 
 from dev.make_templates import WIDGETS, flat_inputs, render
@@ -36,9 +37,8 @@ def described(specs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_loads(server: Server) -> None:
-    log = server.log.read_text()
-    assert "IMPORT FAILED" not in log
-    assert "Cannot import" not in log
+    failures = [line for line in server.log.read_text().splitlines() if "IMPORT FAILED" in line or "Cannot import" in line]
+    assert not any(PACK in line for line in failures), failures
 
 
 def test_every_node_is_there(own: Info) -> None:
@@ -68,6 +68,7 @@ def test_templates_are_offered(server: Server) -> None:
 
 
 def test_templates_are_up_to_date(object_info: Info) -> None:
+    needs(bool(object_info["PreviewImage"]["output"]), "such stock nodes as the templates were drawn with")
     files = render(object_info)
     written = {path for folder in ("workflows", "workflows/api", "subgraphs") for path in (ROOT / folder).glob("*.json")}
     assert set(files) == written

@@ -18,7 +18,10 @@ from torch import Tensor
 
 SIDES = (1, 2, 3, 5, 8, 9, 16, 17, 24, 40)
 WILD = (-1.0, -1e30, 1e30, 1e9, math.nan, math.inf, -math.inf, 0.0)
-MODELS = ("MODEL", "VAE", "CONDITIONING", "CLIP")  # what a test has prepared
+HOSTILE = (
+    "", ".", "a", "../x", "a/../../x", "/etc/passwd", "/etc/passwd [output]", "../../input [temp]", "x\0y", "%date%", "a" * 250, "~", "C:\\x",
+    "\\\\host\\share", "x.safetensors", "../x.safetensors [output]", "x.safetensors [temp]", "x [nowhere]",
+)  # fmt: skip
 
 
 @dataclass(repr=False)
@@ -168,9 +171,10 @@ def _one(draw: st.DrawFn, surface: Surface, spec: Any) -> Any:
     if kind == "BOOLEAN":
         return draw(st.booleans())
     if kind == "STRING":
-        return draw(st.sampled_from(["", "a", "../x", "/etc/passwd", "x\0y", "%date%", "a" * 300, "\\\\host\\share"]))
+        return draw(st.sampled_from(HOSTILE))
     if kind == "COMBO":
-        return draw(st.sampled_from(list(spec.options)))
+        # The server takes names that are not on its list where a node looks at them itself.
+        return draw(st.sampled_from([*spec.options, *(HOSTILE if spec.id == "file" else ())]))
     if kind == "COMFY_DYNAMICCOMBO_V3":
         option = draw(st.sampled_from(spec.options))
         return {spec.id: option.key, **draw(_all(surface, option.inputs))}

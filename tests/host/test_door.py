@@ -1,0 +1,41 @@
+"""Numbers out of range that come over links, which ComfyUI does not look at."""
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+def find(pack: ModuleType, name: str) -> Any:
+    return next(node for node in pack.nodes.NODES if node.__name__ == name)
+
+
+@pytest.mark.parametrize(
+    ("node", "given", "message"),
+    [
+        ("Downscale", {"method": {"method": "area", "factor": 65}}, "factor: got 65, expected a number from 1 to 64"),
+        ("BlurOperator", {"kernel": {"kernel": "disk", "radius": float("nan")}, "boundary": "zero"}, "radius: got nan"),
+        ("BlurOperator", {"kernel": {"kernel": "disk", "radius": 1e30}, "boundary": "zero"}, "radius: got 1e[+]30"),
+        ("DemoPictures", {"first": 0, "count": -1}, "count: got -1, expected a number from 1 to 64"),
+        ("DemoPictures", {"first": 0, "count": 2**70}, "count: got 1180591620717411303424"),
+    ],
+)
+def test_numbers_out_of_range(node: str, given: dict[str, Any], message: str, pack: ModuleType) -> None:
+    with pytest.raises(ValueError, match=message):
+        find(pack, node).execute(**given)
+
+
+def test_the_choice_alone_decides_which_range_counts(pack: ModuleType) -> None:
+    """A disk's radius may be what a Gaussian's sigma may not, and the edges of a range are in it."""
+    blur = find(pack, "BlurOperator")
+    assert blur.execute(kernel={"kernel": "disk", "radius": 150.0, "sigma": -1.0}, boundary="zero").args
+    assert blur.execute(kernel={"kernel": "disk", "radius": 0.3}, boundary="zero").args
+
+
+def test_a_far_box_is_shown_small(pack: ModuleType) -> None:
+    """Its picture is never made: four gigabytes for a preview."""
+    box = {"pattern": "box", "x": 16384, "y": 0, "width": 16384, "height": 1}
+    _, _, preview = find(pack, "MissingPixels")._pattern(box)
+    assert max(preview.shape) <= 1024
+    assert bool((preview == 0).any())
+    assert bool((preview == 1).any())
