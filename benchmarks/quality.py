@@ -309,6 +309,19 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return float(array.mean()), float(array.std(ddof=1) / len(array) ** 0.5) if len(array) > 1 else float("nan")
 
 
+def glance(kept: list[dict[str, str]], names: list[str]) -> list[str]:
+    """PSNR in dB of every method on every task, over the pictures that all of a task's methods have."""
+    lines = ["| task | sigma | n | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    for task in TASKS:
+        for sigma in sorted({float(r["sigma"]) for r in kept if r["task"] == task}):
+            here = [r for r in kept if r["task"] == task and float(r["sigma"]) == sigma]
+            values = {name: {r["picture"]: float(r["psnr"]) for r in here if r["method"] == name} for name in names}
+            common = set.intersection(*(set(of) for of in values.values() if of))
+            cells = [f"{mean_and_error([of[i] for i in common])[0]:.2f}" if of else "-" for of in values.values()]
+            lines.append(f"| {task} | {sigma:g} | {len(common)} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def table(path: pathlib.Path, split: str) -> str:
     kept = [r for r in read(path) if r["split"] == split and r["weights"] == weights_id()]
     lines = [
@@ -320,6 +333,12 @@ def table(path: pathlib.Path, split: str) -> str:
         "A row with fewer pictures compares with the others through the same first pictures only.",
     ]
     order = {name: i for i, name in enumerate(METHODS)}
+    lines += [
+        "",
+        "## At a glance",
+        "",
+        *glance(kept, sorted({r["method"] for r in kept}, key=lambda n: (order[parts(n)[0]], parts(n)[2], n))),
+    ]
     for task in TASKS:
         for sigma in sorted({float(r["sigma"]) for r in kept if r["task"] == task}):
             here = [r for r in kept if r["task"] == task and float(r["sigma"]) == sigma]

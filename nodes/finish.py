@@ -5,11 +5,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..operators import ConvergenceError, Mask, Measurement
-from ..samplers import enforce_consistency, feather_holes
+from ..samplers import enforce_consistency, feather_holes, measured
 from . import host
 from .measurement import check_result
 from .pictures import shown
-from .types import CATEGORY, MeasurementType, measured, to_image, to_signal
+from .types import CATEGORY, MeasurementType, to_image, to_signal
 
 ERROR = 0.05  # of a sampled picture, on the 0 to 1 scale
 FEATHER = 4.0  # pixels

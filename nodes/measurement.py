@@ -5,8 +5,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..operators import Identity, Measurement, Product, Scale, Stack, estimate_noise_sigma
+from ..samplers import measured
 from .pictures import beside, shown
-from .types import CATEGORY, LinearOperatorType, MeasurementType, OperatorRecipe, measured, to_image, to_signal
+from .types import CATEGORY, LinearOperatorType, MeasurementType, OperatorRecipe, to_image, to_signal
 
 OUTPUTS = [
     MeasurementType.Output("measurement", tooltip="The degraded photo, what happened to it, and its noise."),

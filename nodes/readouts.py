@@ -10,10 +10,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..operators import ConvergenceError, Measurement
+from ..samplers import measured
 from . import host
 from .measurement import check_result, photo_image, single
 from .pictures import VISIBLE, below, beside, heat, shown
-from .types import CATEGORY, MeasurementType, measured, to_signal
+from .types import CATEGORY, MeasurementType, to_signal
 
 EXACT = 1e-5  # root mean square on the 0 to 1 scale; what float32 pictures leave
 ROUNDING = 0.5 / 255  # the most that 8 bits change a value

@@ -8,13 +8,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..operators import Crop, Measurement
-from ..samplers import fill_unseen, sample_cpigdm, sample_psld
+from ..samplers import fill_unseen, measured, sample_cpigdm, sample_psld
 from . import host
 from .finish import finish
 from .pictures import heat, shown
 from .plot import residual_plot
 from .samplers import LIGHTER, RUN_INPUTS
-from .types import CATEGORY, MeasurementType, measured, to_image, to_signal
+from .types import CATEGORY, MeasurementType, to_image, to_signal
 
 CALLS = {  # network calls; PSLD's also take a gradient through the network
     "C-PiGDM": {"fast": 5, "balanced": 10, "best": 20},

@@ -68,9 +68,3 @@ def to_image(signal: Tensor) -> Tensor:
     """(B, 1 or 3, H, W) in [-1, 1] -> IMAGE (B, H, W, 3), float32; not clamped."""
     image = ((signal + 1) / 2).movedim(1, -1).float()
     return image.expand(*image.shape[:-1], 3) if image.shape[-1] == 1 else image
-
-
-def measured(operator: LinearOperator, y: Tensor) -> Tensor:
-    """1 on the values of y that depend on the picture, 0 where a mask took them. (1 or B, *out_shape)."""
-    ones = torch.ones((len(y), *operator.in_shape), dtype=y.dtype)
-    return (operator.A(ones).abs() > 1e-9).to(y.dtype)

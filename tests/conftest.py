@@ -39,6 +39,12 @@ def count(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 
 
 @pytest.fixture
+def ran(request: pytest.FixtureRequest) -> Callable[[int], None]:
+    """`ran(number)`: how many cases there were in the end, where `count` only bounds it."""
+    return lambda number: request.config.stash[_counts].__setitem__(request.node.nodeid, number)
+
+
+@pytest.fixture
 def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """`note(line)`: a line for the report, under the test's name."""
     return lambda line: request.config.stash[_notes].setdefault(request.node.nodeid, []).append(line)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...samplers import State
-from ..types import measured
+from ...samplers import State, measured
 from . import guard
 from .codec import Codec, check_sizes, check_vae
 from .faults import Course, NotFinite, check_finite, stop_when_interrupted, stoppable_backward

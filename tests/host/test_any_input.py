@@ -63,11 +63,16 @@ def test_no_node_is_left_out(pack: ModuleType) -> None:
 
 @pytest.mark.parametrize("name", NODES)
 def test_right_or_an_error_that_names_the_input(
-    name: str, surface: Surface, count: Callable[[int, int], int], note: Callable[[str], None]
+    name: str,
+    surface: Surface,
+    count: Callable[[int, int], int],
+    ran: Callable[[int], None],
+    note: Callable[[str], None],
 ) -> None:
     node = all_nodes(surface.pack)[name]
     specs = node.define_schema().inputs
     messages: dict[str, int] = {}
+    cases: list[None] = []
 
     @settings(
         max_examples=count(*SLOW.get(name, (25, 130))),
@@ -80,6 +85,7 @@ def test_right_or_an_error_that_names_the_input(
     @given(st.data())
     def run(data: st.DataObject) -> None:
         drawn = data.draw(surface.inputs(node), "inputs")
+        cases.append(None)
         arguments = realised(surface, drawn)
         before = {key: value.clone() for key, value in arguments.items() if isinstance(value, Tensor)}
         with torch.inference_mode():
@@ -97,6 +103,7 @@ def test_right_or_an_error_that_names_the_input(
             assert torch.equal(arguments[key].nan_to_num(), value.nan_to_num()), key
 
     run()
+    ran(len(cases))
     for message, number in sorted(messages.items(), key=lambda item: -item[1]):
         note(f"{number} x {message}")
 

@@ -80,7 +80,7 @@ def test_many_prompts(
     Memory goes up and down by 1 % as allocators have it: four readings at each end. The few prompts of `make test` show what keeps
     a few MB of each, the 200 of `make test-full` what keeps 100 kB.
     """
-    warm, number = count(12, 40), count(20, 200)  # each size and method is run before the first reading counts
+    warm, number = count(12, 40), count(17, 200)  # each size and method is run before the first reading counts
     results, levels = {}, {}
     for i in range(number):
         results[i] = result(server, task(i))
