@@ -26,13 +26,16 @@ def estimate(server: Server, **values: Any) -> tuple[str, dict[str, float]]:
 
 def test_estimate_node(server: Server) -> None:
     text, one = estimate(server)
-    assert text.startswith("128 x 128, batch 1, two passes of the network")
+    assert text.startswith("PSLD, 128 x 128, batch 1, two passes of the network")
     assert one["fastest"] >= one["balanced"] >= one["lowest"] > 0
     assert text.endswith("auto takes fastest")
     text, many = estimate(server, batch=64)
     assert "batch 64" in text
     assert many["fastest"] > 2 * many["lowest"] > 10 * one["lowest"]
     assert estimate(server, batch=64, guidance=False)[1]["fastest"] < many["fastest"]
+    text, other = estimate(server, batch=64, method="C-PiGDM")
+    assert text.startswith("C-PiGDM, 128 x 128")
+    assert other["fastest"] < many["fastest"]  # no gradient through the network, nor through the encoder
 
 
 def test_estimate_needs_a_size(server: Server) -> None:
