@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 
 from dev.browser import FrontEnd, running_browser  # noqa: E402
 from dev.make_templates import ui_format  # noqa: E402

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 
 from dev.templates import BLUEPRINTS, TEMPLATES, Blueprint, Node, Template  # noqa: E402
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 
 from dev.make_templates import WIDGETS, Info  # noqa: E402
 from dev.server import PACK, running  # noqa: E402

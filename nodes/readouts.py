@@ -166,7 +166,7 @@ def verdict(found: Agreement, photo: Measurement) -> str:
     if found.sigma == 0:
         return f"{text}agrees {'exactly' if found.rms <= EXACT else 'to the rounding of 8 bits'}"
     if found.sigmas < 0.5:
-        return f"{text}agrees, but follows the noise too; sigma is probably too high"
+        return f"{text}agrees, nearer than the noise, as Finish brings it"
     return f"{text}agrees within the noise"
 
 
@@ -284,7 +284,7 @@ def lpips_distance(a: Tensor, b: Tensor) -> Tensor | None:
         a, b: (B, 3, H, W) in [0, 1].
     """
     trunk = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_TRUNK
-    if importlib.util.find_spec("lpips") is None or not trunk.is_file():
+    if importlib.util.find_spec("lpips") is None or not trunk.is_file() or min(a.shape[2:]) < 32:  # what AlexNet needs
         return None
     import lpips
 

@@ -144,7 +144,7 @@ class Restore(io.ComfyNode):
         sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler)
         solve, options = SOLVERS[method]
         run = {"memory": memory, "unique_id": host.node_id(cls)}
-        images, worst, texts, curves = [], 0.0, [], []
+        images, worst, texts, curves, notes = [], 0.0, [], [], []
         # One picture at a time: it takes the memory of one, and comes out the same to the bit in any batch.
         for i in range(len(filled)):
             start = vae.encode(filled[i : i + 1])
@@ -153,7 +153,13 @@ class Restore(io.ComfyNode):
                 photo = wide.select(i)
                 curves.append([])
                 sampler = host.stock_sampler(
-                    noting(solve, photo, curves[-1]), photo.to(torch.float32), vae, check_gradients=check, **run, **options
+                    noting(solve, photo, curves[-1]),
+                    photo.to(torch.float32),
+                    vae,
+                    check_gradients=check,
+                    notes=notes,
+                    **run,
+                    **options,
                 )
                 # Photo i of a batch comes out as it would with seed + i alone.
                 number = (seed + i + k * NEXT_SAMPLE) % 2**63
@@ -163,7 +169,7 @@ class Restore(io.ComfyNode):
                 worst, texts = max(worst, rms), [*texts, text]
         pictures, plot = torch.cat(images), residual_plot(curves, exact.sigma / 2)
         previews = [pictures] if plot is None else [pictures, plot]
-        return io.NodeOutput(pictures, worst, ui=shown(cls, *previews, text="\n".join(texts)))
+        return io.NodeOutput(pictures, worst, ui=shown(cls, *previews, text="\n".join([*texts, *notes])))
 
 
 def noting(solve: Callable[..., Tensor], photo: Measurement, curve: list[float]) -> Callable[..., Tensor]:

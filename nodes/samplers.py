@@ -18,7 +18,8 @@ RUN_INPUTS = [  # of every sampler node; how a run is done, not what comes out
         optional=True,
         advanced=True,
         tooltip="How much memory the gradients may take; the result is the same. auto: the quickest way that fits into free memory. "
-        "lowest: computes much of it twice or more, up to twice as slow. The Memory Estimate node shows what each needs.",
+        "lowest: computes much of it twice or more, up to twice as slow. Where not even that fits, C-PiGDM goes on with consistency encoder, "
+        "which follows the photo less closely, and says so. The Memory Estimate node shows what each needs.",
     ),
     io.Boolean.Input(
         "check_gradients",
@@ -165,6 +166,19 @@ class SamplerCPiGDM(io.ComfyNode):
             advanced=True,
             tooltip="Standard deviation of the pictures the model knows, in units of its latents; about 1 for all of Stable Diffusion.",
         )
+
+        def eta(default: float) -> io.Float.Input:
+            return io.Float.Input(
+                "eta",
+                default=default,
+                min=0.0,
+                max=5.0,
+                step=0.1,
+                advanced=True,
+                tooltip="Fresh noise each step: 0 is DDIM, 1 is DDPM. With weight dual and few steps more than that is better: it forgets "
+                "what an early step got wrong, from 2 on nearly all noise is fresh. The others were published with 0.",
+            )
+
         jacobian = io.Combo.Input(
             "jacobian",
             options=["off", "k", "vp"],
@@ -222,22 +236,12 @@ class SamplerCPiGDM(io.ComfyNode):
                     advanced=True,
                     tooltip="The same after the last call. More bring |A x - y| down where many single pixels are missing.",
                 ),
-                io.Float.Input(
-                    "eta",
-                    default=2.0,
-                    min=0.0,
-                    max=5.0,
-                    step=0.1,
-                    advanced=True,
-                    tooltip="Fresh noise each step: 0 is DDIM, 1 is DDPM, and with few steps more than that is better: it forgets what an "
-                    "early step got wrong. From 2 on nearly all noise is fresh.",
-                ),
                 io.DynamicCombo.Input(
                     "weight",
                     options=[
-                        io.DynamicCombo.Option("dual", [tau]),
-                        io.DynamicCombo.Option("bayes", [tau, jacobian]),
-                        io.DynamicCombo.Option("paper", [w, jacobian]),
+                        io.DynamicCombo.Option("dual", [tau, eta(2.0)]),
+                        io.DynamicCombo.Option("bayes", [tau, jacobian, eta(0.0)]),
+                        io.DynamicCombo.Option("paper", [w, jacobian, eta(0.0)]),
                     ],
                     tooltip="How strong the guidance is at each noise level. dual: remembers from step to step what is still missing. bayes: "
                     "exact for a Gaussian prior. paper: as published.",
@@ -257,13 +261,12 @@ class SamplerCPiGDM(io.ComfyNode):
         consistency: str,
         inner_steps: int,
         last_steps: int,
-        eta: float,
         weight: dict,
         memory: str = "auto",
         check_gradients: bool = False,
         vae: object = None,
     ) -> io.NodeOutput:
-        options = {"consistency": consistency, "inner_steps": inner_steps, "last_steps": last_steps, "eta": eta, **weight}
+        options = {"consistency": consistency, "inner_steps": inner_steps, "last_steps": last_steps, **weight}
         if vae is not None:
             host.latent_size(vae, measurement.operator.in_shape)
             if weight.get("jacobian", "off") != "off":

@@ -56,7 +56,12 @@ class Course:
     """How far a run has come: what is left of it when it ends in NaN."""
 
     def __init__(self, steps: int) -> None:
-        self.steps, self.done = steps, 0
+        self.steps = steps
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget an attempt that ran out of memory."""
+        self.done = 0
         self.denoised: Tensor | None = None
 
     def passed(self, step: dict[str, Any]) -> None:

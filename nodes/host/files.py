@@ -1,5 +1,6 @@
 """Files of the user in ComfyUI's own input and output folders, and nowhere else."""
 
+import os
 from pathlib import Path
 
 
@@ -53,8 +54,9 @@ def new(argument: str, prefix: str, suffix: str) -> tuple[Path, dict[str, str]]:
         raise ValueError(
             f"{argument}: got {prefix!r}, expected a name within ComfyUI's output folder, for example measurements/posterior"
         )
-    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(prefix, str(root))
-    file = f"{name}_{number:05}_{suffix}"
+    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(os.path.normpath(prefix), str(root))
+    while (Path(folder) / (file := f"{name}_{number:05}_{suffix}")).exists():  # the host counts files of other kinds otherwise
+        number += 1
     return Path(folder) / file, {"filename": file, "subfolder": subfolder, "type": "output"}
 
 

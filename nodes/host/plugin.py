@@ -31,6 +31,7 @@ def stock_sampler(
     unique_id: str | None = None,
     network_gradient: bool = True,
     lighter: dict[str, Any] | None = None,
+    notes: list[str] | None = None,
     **options: Any,
 ) -> Any:
     """A ComfyUI SAMPLER that runs `solve`, a sampler of samplers/, on any guider, scheduler and noise.
@@ -45,12 +46,13 @@ def stock_sampler(
         network_gradient: whether `solve` differentiates through the diffusion network, and not through the VAE alone. Without it the
             network may be quantised, cached or patched by what has no gradient.
         lighter: options of `solve` that replace those given when memory does not suffice for them in any mode.
+        notes: gets the lines that the run leaves on its node, about memory for example, for a node that shows a text of its own.
         options: further keywords of `solve`.
     """
     from comfy.samplers import KSAMPLER
 
     given = {"memory": memory, "check_gradients": check_gradients, "unique_id": unique_id}
-    given |= {"network_gradient": network_gradient, "lighter": lighter}
+    given |= {"network_gradient": network_gradient, "lighter": lighter, "notes": notes}
     return KSAMPLER(run_on_host, {"solve": solve, "measurement": measurement, "vae": vae, "options": options, **given})
 
 
@@ -72,6 +74,7 @@ def run_on_host(
     unique_id: str | None = None,
     network_gradient: bool = True,
     lighter: dict[str, Any] | None = None,
+    notes: list[str] | None = None,
 ) -> Tensor:
     """What KSAMPLER calls: prepare the host, run `solve` in the k-state, give the state back as the host wants it."""
     guider = model.inner_model
@@ -82,7 +85,7 @@ def run_on_host(
         check_vae(vae, guider.inner_model.latent_format)
     check_sizes(x, measurement, vae)
     counts = measured(measurement.operator, measurement.y).expand_as(measurement.y).flatten(1).sum(1)
-    readout = Readout(unique_id, 1 / (2 * counts.clamp(min=1).sqrt()), measurement.sigma / 2)
+    readout = Readout(unique_id, 1 / (2 * counts.clamp(min=1).sqrt()), measurement.sigma / 2, [] if notes is None else notes)
     need = needed(guider, vae, x, network_gradient)
     room = 1e30 if need is None else need.activations(MODES[0] if memory == "auto" else memory)
 
@@ -109,6 +112,7 @@ def run_on_host(
         denoise, course = denoiser(model, state), Course(len(sigmas) - 1)
 
         def run(codec: Codec | None, options: dict[str, Any]) -> Tensor:
+            course.begin()
             if check_gradients:
                 sigma = sigmas_k[0].expand(len(start))
                 if network_gradient:

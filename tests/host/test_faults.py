@@ -154,10 +154,13 @@ def test_finish_is_cancelled_within_a_solve(h: Host) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("where", ["network", "decode", "encode"])
-def test_out_of_memory_at_any_stage_falls_back(method: str, where: str, h: Host, caplog: pytest.LogCaptureFixture) -> None:
-    """The documented fall-back: the next lower mode, with the same result. The third call is in the second step."""
+@pytest.mark.parametrize("failing", [1, 3])
+def test_out_of_memory_at_any_stage_falls_back(
+    method: str, where: str, failing: int, h: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The documented fall-back: the next lower mode, with the same result. The third call comes after the first step's."""
     expected = run(h, method)
-    with Scarce(layer_of(h, where), {1}) as scarce:
+    with Scarce(layer_of(h, where), {failing}) as scarce:
         result = run(h, method)
     if scarce.calls == 0:
         assert where == "encode"  # which these methods do not use
