@@ -135,7 +135,7 @@ def operator(node_type: str, column: int = 0, title: str = "Operator", **inputs:
 
 BOX = operator("PosteriorMask", 0, pattern="box", pattern__x=36, pattern__y=40, pattern__width=56, pattern__height=48)
 
-SWAP = """Runs as installed. For your own photo and model replace
+SWAP = """Runs as installed. For your own photo and model remove **Compare**, if it is here, and replace
 * **Load Demo Prior** by **Load Checkpoint**,
 * **Demo Pictures** by **Load Image**,
 * **Measure (simulate)** by **Measurement from Photo**"""

@@ -195,7 +195,7 @@ def estimated(photo: Tensor, seen: Tensor) -> tuple[float, str]:
     try:
         found = estimate_noise_sigma(photo)
     except ValueError as refusal:
-        raise ValueError(f"photo:{str(refusal).removeprefix('image:')}; or {remedy}") from refusal
+        raise ValueError(f"photo:{str(refusal).removeprefix('image:')}; for that {remedy}") from refusal
     sigma, low, high = (values.double() / 2 for values in (found.sigma, found.low, found.high))
     vague = (high > 2 * low) & (high > VAGUE)
     if bool(vague.any()):

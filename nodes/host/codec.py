@@ -89,11 +89,12 @@ def check_sizes(x: Tensor, measurement: Any, vae: Any) -> None:
     in_shape = measurement.operator.in_shape
     expected = tuple(in_shape) if vae is None else latent_size(vae, in_shape)
     if tuple(x.shape[1:]) != expected:
-        wanted = (
-            f"without a VAE the model must work on pixels, as {expected}. Connect the VAE to the sampler node"
-            if vae is None
-            else f"the measurement needs {expected}. Take the latent from the Start Latent node"
-        )
+        if vae is None:
+            raise ValueError(
+                f"vae: is not connected to the sampler node, and latent_image, {tuple(x.shape[1:])} (channels, height, width), is not a "
+                f"picture of pixels, {expected}, which a model without a VAE works on. Connect the VAE"
+            )
+        wanted = f"the measurement needs {expected}. Take the latent from the Start Latent node"
         raise ValueError(f"latent_image: got {tuple(x.shape[1:])} (channels, height, width), but {wanted}")
     if len(measurement.y) not in (1, len(x)):
         raise ValueError(f"latent_image: got a batch of {len(x)} for a measurement of {len(measurement.y)}; they must be equal")

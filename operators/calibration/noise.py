@@ -48,7 +48,7 @@ def estimate_noise_sigma(image: Tensor) -> NoiseEstimate:
         if _jpeg_ratio(x) < 0.45:
             raise ValueError(
                 "image: has no fine noise left (JPEG compression, smoothing, or a drawn picture), so that no one sigma describes "
-                "it. Give sigma by hand, 0 for a clean picture, or take the photo as it came from the camera"
+                "it. Give sigma by hand (0 for a clean picture), or take the photo as it came from the camera"
             )
     estimates = torch.tensor([white_noise(x) for x in image], dtype=torch.float64)
     return NoiseEstimate(*estimates.to(torch.float32).unbind(1))

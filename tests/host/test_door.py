@@ -25,6 +25,12 @@ def test_numbers_out_of_range(node: str, given: dict[str, Any], message: str, pa
         find(pack, node).execute(**given)
 
 
+def test_an_unknown_choice_is_named_with_the_known_ones(pack: ModuleType) -> None:
+    """ComfyUI drops a dynamic input whose choice it does not know, and says nothing."""
+    with pytest.raises(ValueError, match="method: is missing or not one of area, bicubic, lanczos"):
+        find(pack, "Downscale").execute()
+
+
 def test_the_choice_alone_decides_which_range_counts(pack: ModuleType) -> None:
     """A disk's radius may be what a Gaussian's sigma may not, and the edges of a range are in it."""
     blur = find(pack, "BlurOperator")
