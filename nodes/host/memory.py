@@ -236,11 +236,10 @@ def estimate(
     try:
         with gradients(), FakeTensorMode(allow_non_fake_inputs=True):
             if network_gradient:
-                inputs = _network_inputs(model, wide)
-                stage = _measure(model.diffusion_model, lambda network, x, **given: network(x, **given), *inputs)
+                stage = _measure_network(model, wide)
                 stages.append(dataclasses.replace(stage, saved=int(share * stage.saved), kept=int(share * stage.kept)))
             else:
-                forward = int(share * model.memory_required(wide))
+                forward = int(share * _forward_memory(model, wide))
             if vae is not None:
                 network, device = vae.first_stage_model, vae.device
                 latent = torch.empty(shape, dtype=vae.vae_dtype, device=device)
@@ -254,6 +253,24 @@ def estimate(
     except Exception as error:
         raise RuntimeError(f"the memory that {type(model).__name__} needs cannot be estimated ({error})") from error
     return Estimate(int(weights), tuple(stages), forward)
+
+
+def _measure_network(model: Any, shape: tuple[int, ...]) -> Stage:
+    return _measure(model.diffusion_model, lambda network, x, **given: network(x, **given), *_network_inputs(model, shape))
+
+
+def _forward_memory(model: Any, shape: tuple[int, ...]) -> float:
+    """Bytes of a pass without a gradient: the host's rule of thumb, but never more than a pass takes that keeps everything."""
+    from comfy.model_management import InterruptProcessingException
+
+    rule = model.memory_required(shape)
+    try:
+        stage = _measure_network(model, shape)
+    except InterruptProcessingException:
+        raise
+    except Exception:  # quantised weights have no skeleton
+        return rule
+    return min(rule, stage.saved + 2 * stage.largest)
 
 
 def _network_inputs(model: Any, shape: tuple[int, ...]) -> tuple[Tensor, dict[str, Any]]:

@@ -13,7 +13,7 @@ from dev.server import PACK, Server, running
 from dev.setup_host import ROOT, SetupError, prepare
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     base = tmp_path_factory.mktemp("comfyui")
     for name in ("models/checkpoints", "input", "output", "user", "custom_nodes"):
@@ -27,8 +27,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Closed before other tests run: Playwright keeps an event loop, within which asyncio.run refuses to work."""
     try:
         with running_browser() as browser:
             yield browser

@@ -73,9 +73,8 @@ def test_cpigdm_sampler_in_a_graph_of_stock_nodes(server: Server, weight: str) -
         consistency="encoder" if weight == "bayes" else "decoder",
         inner_steps=3,
         last_steps=10,
-        eta=0.0,
         weight=weight,
-        **{f"weight.{name}": value for name, value in values.items()},
+        **{f"weight.{name}": value for name, value in {**values, "eta": 0.0}.items()},
     )
     inputs(prompt, "Sample")["sampler"] = [sampler, 0]
     truth = picture(server, server.run(keep(prompt, "Truth")), prompt, "Truth")
