@@ -23,13 +23,14 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
 
     @functools.wraps(execute)
     def checked(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
-        for spec in (cls.SCHEMA or cls.define_schema()).inputs:
-            if isinstance(spec, io.DynamicCombo.Input) and spec.id not in kwargs and len(args) == 0 and not spec.optional:
-                choices = ", ".join(option.key for option in spec.options)  # the host drops a choice that it does not know
-                raise ValueError(f"{spec.id}: is missing or not one of {choices}")
-        given = names.bind(cls, *args, **kwargs).arguments
+        given = names.bind_partial(cls, *args, **kwargs).arguments
         with naming_what_is_missing():
-            for name, value, low, high in numbers((cls.SCHEMA or cls.define_schema()).inputs, given):
+            inputs = (cls.SCHEMA or cls.define_schema()).inputs
+            for spec in inputs:
+                if isinstance(spec, io.DynamicCombo.Input) and spec.id not in given and not spec.optional:
+                    choices = ", ".join(option.key for option in spec.options)  # the host drops a choice that it does not know
+                    raise ValueError(f"{spec.id}: is missing or not one of {choices}")
+            for name, value, low, high in numbers(inputs, given):
                 if not low <= value <= high:
                     raise ValueError(f"{name}: got {value}, expected a number from {low} to {high}")
             return execute(cls, *args, **kwargs)

@@ -172,7 +172,7 @@ def run_in_memory(
     if memory != MODES[0]:
         readout.note(f"memory: {memory}")
     ways = [(f"in mode {mode}", mode, options) for mode in MODES[MODES.index(memory) :]]
-    if lighter and any(options.get(name) != value for name, value in lighter.items()):  # not what runs already
+    if lighter and any(options.get(name) != value for name, value in lighter.items()):
         said = " and ".join(f"{name} {value}" for name, value in lighter.items())
         ways.append((f"with {said}, which follows the photo less closely", MODES[-1], {**options, **lighter}))
     while True:
