@@ -5,10 +5,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..operators import ConvergenceError, Mask, Measurement
-from ..samplers import enforce_consistency, feather_holes, measured
+from ..samplers import enforce_consistency, feather_holes
 from . import host
-from .measurement import check_result
+from .measurement import check_result, single
 from .pictures import shown
+from .readouts import compared
 from .types import CATEGORY, MeasurementType, to_image, to_signal
 
 ERROR = 0.05  # of a sampled picture, on the 0 to 1 scale
@@ -55,7 +56,8 @@ class Finish(io.ComfyNode):
             outputs=[
                 io.Image.Output("image", tooltip="The picture that agrees with the photo."),
                 io.Float.Output(
-                    "residual", tooltip="|A x - y| after, root mean square on the 0 to 1 scale, worst image of the batch."
+                    "residual",
+                    tooltip="|A x - y| after, root mean square on the 0 to 1 scale, worst of the batch and of combined photos.",
                 ),
             ],
         )
@@ -77,7 +79,8 @@ def finish(x: Tensor, measurement: Measurement, error: float = ERROR, feather: f
         feather: width of the soft edge inside holes, in pixels.
 
     Returns:
-        IMAGE (B, H, W, 3); |A x - y| after, root mean square on the 0 to 1 scale, worst of the batch; a read-out in words.
+        IMAGE (B, H, W, 3); |A x - y| after, root mean square on the 0 to 1 scale, worst of the batch and
+        of combined photos; a read-out in words.
 
     Raises:
         ValueError: the measurement cannot be met exactly and claims no noise.
@@ -94,18 +97,17 @@ def finish(x: Tensor, measurement: Measurement, error: float = ERROR, feather: f
     if feather > 0 and isinstance(measurement.operator, Mask):
         agreed = feather_holes(x, agreed, measurement.operator.keep.to(x), feather)
     finished = to_image(agreed)
-    before, after = (residual(v, measurement) for v in (x, to_signal("image", finished)))
-    noise = "" if measurement.sigma == 0 else f" (noise {measurement.sigma / 2:.3g})"
-    lines = [f"|A x - y| {b:.1e} -> {a:.1e}{noise}" for b, a in zip(before, after, strict=True)]
-    if max(before) < 0.3 * measurement.sigma / 2:
+    lines, worst, photos = [], 0.0, single(measurement)
+    found = [[compared(photo.operator.A(v), photo) for v in (x, to_signal("image", finished))] for photo in photos]
+    for i in range(len(x)):
+        for k, (before, after) in enumerate(found):
+            name = f"photo {k + 1}: " if len(photos) > 1 else ""
+            noise = f" (noise {after[i].sigma:.3g})" if after[i].sigma else ""
+            lines.append(f"{name}|A x - y| {before[i].rms:.1e} -> {after[i].rms:.1e}{noise}")
+            worst = max(worst, after[i].rms)
+    if all(one.rms < 0.3 * one.sigma for before, _ in found for one in before):
         lines.append("far below the noise: sigma is probably too high")
-    return finished, max(after), "\n".join(lines)
-
-
-def residual(x: Tensor, measurement: Measurement) -> list[float]:
-    """Root mean square of A x - y over what was measured, for each image, on the 0 to 1 scale."""
-    counts = measured(measurement.operator, measurement.y).expand_as(measurement.y).flatten(1).sum(1).expand(len(x))
-    return [float(norm) / 2 / float(count) ** 0.5 for norm, count in zip(measurement.residual_norm(x), counts, strict=True)]
+    return finished, worst, "\n".join(lines)
 
 
 NODES = [Finish]

@@ -82,8 +82,8 @@ class Consistency(io.ComfyNode):
         for i in range(len(x)):
             for k, photo in enumerate(photos):
                 names = [f"picture {i + 1}"] * (len(x) > 1) + [f"photo {k + 1}"] * (len(photos) > 1)
-                own = photo.select(i if len(photo.y) > 1 else 0)
-                lines.append(": ".join([*names, verdict(found[k][i], own)]))
+                own = measurement.select(i if len(photo.y) > 1 else 0)
+                lines.append(": ".join([*names, verdict(found[k][i], own, k)]))
         relative, sigmas = zip(*(overall([part[i] for part in found]) for i in range(len(x))), strict=True)
         agrees = all(one.agrees for part in found for one in part)
         picture = below(*rows)
@@ -157,12 +157,12 @@ def overall(parts: list[Agreement]) -> tuple[float, float]:
     return ratio(residual, size), (weighed / sum(part.count for part in parts)) ** 0.5
 
 
-def verdict(found: Agreement, photo: Measurement) -> str:
-    """An agreement in words, and where there is none whether there could be; `photo` is that of the one picture."""
+def verdict(found: Agreement, measurement: Measurement, k: int) -> str:
+    """An agreement with photo k of one picture's measurement in words, and where there is none whether there could be."""
     noise = f", {found.sigmas:.2f} times the noise" if found.sigma else ""
     text = f"|A x - y| {found.rms:.3g}, {found.relative:.2%} of |y|{noise}: "
     if not found.agrees:
-        return f"{text}does not agree. {remedy(found.limit, photo)}"
+        return f"{text}does not agree. {remedy(found.limit, measurement, k)}"
     if found.sigma == 0:
         return f"{text}agrees {'exactly' if found.rms <= EXACT else 'to the rounding of 8 bits'}"
     if found.sigmas < 0.5:
@@ -170,22 +170,27 @@ def verdict(found: Agreement, photo: Measurement) -> str:
     return f"{text}agrees within the noise"
 
 
-def remedy(limit: float, photo: Measurement) -> str:
-    """What to do about a result that does not agree: nothing helps when the photo is not of this operator."""
+def remedy(limit: float, measurement: Measurement, k: int) -> str:
+    """What to do about a result that does not agree with photo k: nothing helps when the photos are not of these operators."""
     try:
-        floor = residual_floor(photo)
+        floors = residual_floors(measurement)
     except ConvergenceError as fault:
         return f"Whether any picture could is not known ({fault})"
-    if floor <= limit:
+    if floors[k] <= limit:
         return "It can be met: the Finish node or more steps bring it closer"
+    if len(floors) > 1:
+        return (
+            f"No likely picture that fits the other photos, too, brings it below {floors[k]:.3g}: they are not of one picture, or an "
+            f"operator did not make its photo. Check that they are aligned, and each operator; or set sigma to {floors[k]:.2g}"
+        )
     return (
-        f"No likely picture brings it below {floor:.3g}: this operator did not make this photo. Check the operator's kind, numbers and "
-        f"order; or, if the photo has more noise than was said, set sigma to {floor:.2g}"
+        f"No likely picture brings it below {floors[k]:.3g}: this operator did not make this photo. Check the operator's kind, numbers "
+        f"and order; or, if the photo has more noise than was said, set sigma to {floors[k]:.2g}"
     )
 
 
-def residual_floor(photo: Measurement) -> float:
-    """The residual that no picture goes below, root mean square on the 0 to 1 scale; `photo` is one, in float64.
+def residual_floors(measurement: Measurement) -> list[float]:
+    """The residuals that no picture goes below, root mean square on the 0 to 1 scale, of each photo; of one picture, in float64.
 
     Without noise ||(I - A A^+) y||, exactly. With noise the residual of argmin ||A x - y||^2 / sigma^2 + ||x||^2: pictures are
     spread about 1 in each direction, so that what A passes on by less than sigma is noise, and a photo with more there is not
@@ -194,10 +199,10 @@ def residual_floor(photo: Measurement) -> float:
     Raises:
         ConvergenceError: an operator without a closed form whose iterations do not end.
     """
-    start = torch.zeros((1, *photo.operator.in_shape), dtype=photo.y.dtype)
-    best = photo.operator.prox_l2(start, photo.y, 1 / photo.sigma**2 if photo.sigma else math.inf)
-    (found,) = compared(photo.operator.A(best), photo)
-    return found.rms
+    start = torch.zeros((1, *measurement.operator.in_shape), dtype=measurement.y.dtype)
+    weight = 1 / measurement.sigma**2 if measurement.sigma else math.inf
+    best = measurement.operator.prox_l2(start, measurement.y, weight)
+    return [compared(photo.operator.A(best), photo)[0].rms for photo in single(measurement)]
 
 
 class Compare(io.ComfyNode):

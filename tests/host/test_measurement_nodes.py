@@ -168,6 +168,36 @@ def test_combined_measurements_come_apart_again(nodes: ModuleType, pack: ModuleT
         assert got.sigma == pytest.approx(part.sigma, rel=1e-14)
 
 
+def test_finish_reads_combined_photos_each_in_its_own_units(nodes: ModuleType, pack: ModuleType) -> None:
+    image = textured(32)
+    parts = three(nodes, pack, image)[:2]
+    with torch.inference_mode():
+        finished, residual, text = nodes.finish.finish(nodes.types.to_signal("image", image), combine(nodes, *parts))
+    x = [nodes.types.to_signal("image", v) for v in (image, finished)]
+    rms = [[float((part.operator.A(v) - part.y).square().mean().sqrt()) / 2 for v in x] for part in parts]
+    noise = (0.02, 0.05)
+    expected = [f"photo {k + 1}: |A x - y| {rms[k][0]:.1e} -> {rms[k][1]:.1e} (noise {noise[k]:.3g})" for k in (0, 1)]
+    assert text.split("\n") == expected
+    assert residual == pytest.approx(max(after for _, after in rms), rel=1e-9)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.01])
+def test_photos_of_two_pictures_cannot_both_be_met(nodes: ModuleType, pack: ModuleType, sigma: float) -> None:
+    """Each alone can be; a small photo of the same picture, but with the light turned up, contradicts the large one."""
+    image, brighter = textured(32), (textured(32) + 0.1).clamp(0, 1)
+    small = simulate(nodes, brighter, lambda shape: pack.operators.AreaDownscale(shape, 4), gaussian(sigma)).args[0]
+    whole = simulate(nodes, image, pack.operators.Identity, gaussian(sigma)).args[0]
+    with torch.inference_mode():
+        consistency = nodes.readouts.Consistency.execute
+        alone, both = consistency(image, small, 10.0), consistency(image, combine(nodes, whole, small), 10.0)
+    assert "It can be met" in alone.ui["text"][0]
+    first, second = both.ui["text"][0].split("\n")
+    assert "photo 1" in first
+    assert "agrees" in first
+    assert "No likely picture that fits the other photos, too, brings it below" in second
+    assert not both.args[3]
+
+
 def output_folder() -> Path:
     import folder_paths
 
