@@ -18,10 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from dev.browser import FrontEnd, running_browser  # noqa: E402
+from dev.graphs import Template  # noqa: E402
 from dev.make_templates import ui_format  # noqa: E402
 from dev.server import PACK, running  # noqa: E402
 from dev.setup_host import prepare  # noqa: E402
-from dev.templates import DEMO_TEMPLATES, GALLERY, OWN_TEMPLATES, TEMPLATES, Template  # noqa: E402
+from dev.templates import DEMO_TEMPLATES, GALLERY, OWN_TEMPLATES, TEMPLATES  # noqa: E402
 
 SIDE = 320  # of a thumbnail
 LARGEST = 150_000  # bytes of a file

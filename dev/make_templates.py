@@ -15,7 +15,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from dev.templates import BLUEPRINTS, TEMPLATES, Blueprint, Node, Template  # noqa: E402
+from dev.graphs import Blueprint, Node, Template  # noqa: E402
+from dev.templates import BLUEPRINTS, TEMPLATES  # noqa: E402
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 # Pixels. GAP holds the title bar of the lower node and, above it, the badge with the name of its pack.

@@ -136,7 +136,7 @@ class SamplerPSLD(io.ComfyNode):
         if kind == "line search":
             options.update(rule="line_search", gamma=0.0)
         elif options["omega"] == options["gamma"] == 0:
-            raise ValueError("omega and gamma are both 0, which ignores the photo; set one above 0")
+            raise ValueError("omega, gamma: both are 0, which ignores the photo; set one above 0")
         elif options["gamma"] > 0 and options["glue"] == "pinv" and not measurement.operator.exact:
             cls._try_pseudo_inverse(measurement)
         run = {"memory": memory, "check_gradients": check_gradients, "unique_id": host.node_id(cls)}

@@ -9,7 +9,8 @@ notices. ComfyUI is imported inside functions: a renamed internal then fails one
     refusals     what has none, by name
     internals    what this ComfyUI does not have
     loading      models side by side in memory, and twins of those that the host pages
-    memory       what a run needs, and computing activations twice instead of keeping them
+    memory       what a run needs, and what there is
+    recompute    computing activations twice instead of keeping them
     codec        the VAE as a differentiable map
     faults       a cancelled run, and NaN on the way
     guard        autograd against finite differences
@@ -25,9 +26,10 @@ from .faults import stop_when_interrupted
 from .gradients import differentiable_options, gradients, normal_tensors, normal_weights
 from .internals import naming_what_is_missing, without
 from .loading import resident, static_patcher
-from .memory import GIB, MODES, Estimate, estimate, room
+from .memory import GIB, Estimate, estimate, room
 from .plugin import run_on_host, stock_sampler
 from .readout import node_id, show_text
+from .recompute import MODES
 from .refusals import refuse_unsupported, state_of
 from .sampling import sample_latents, schedulers, sigmas_of
 

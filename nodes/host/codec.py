@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .faults import check_finite
-from .memory import recomputed
 from .readout import throw_if_interrupted
+from .recompute import recomputed
 
 
 @dataclass(frozen=True, eq=False)

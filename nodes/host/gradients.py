@@ -24,7 +24,7 @@ def gradients() -> Iterator[None]:
         vars(mm).update(switch)
 
 
-def normal_weights(module: torch.nn.Module, differentiated: bool = True) -> int:
+def normal_weights(module: torch.nn.Module, differentiated: bool = True, role: str = "model") -> int:
     """Replace inference-mode parameters and buffers by normal tensors on the same storage; no copy is made.
 
     Must run outside inference mode, after the last model load of a run (patching a LoRA makes inference tensors again).
@@ -32,6 +32,7 @@ def normal_weights(module: torch.nn.Module, differentiated: bool = True) -> int:
 
     Args:
         differentiated: whether a gradient goes through the module; quantised weights are refused then, and left alone else.
+        role: the input that the module came in by, for the error.
 
     Returns:
         How many tensors were replaced.
@@ -50,7 +51,7 @@ def normal_weights(module: torch.nn.Module, differentiated: bool = True) -> int:
                     if not differentiated:
                         continue
                     raise ValueError(
-                        f"the weights of {type(module).__name__} are quantised ({type(old).__name__}, at {name}), which has no "
+                        f"{role}: the weights of {type(module).__name__} are quantised ({type(old).__name__}, at {name}), which has no "
                         "gradient here; load a float16, bfloat16 or float32 checkpoint of this model"
                     )
                 if old is None:
@@ -109,7 +110,7 @@ def _with_gradient(name: str, patch: Callable[..., Any]) -> Callable[..., Any]:
         needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors((args, kwargs)))
         if needed and not any(tensor.requires_grad for tensor in _tensors(result)):
             raise ValueError(
-                f"a node on the model replaces {name} by {getattr(patch, '__qualname__', type(patch).__name__)}, which has no "
+                f"model: a node replaces {name} by {getattr(patch, '__qualname__', type(patch).__name__)}, which has no "
                 "gradient; remove that node"
             )
         return result

@@ -34,7 +34,7 @@ def static_patcher(patcher: Any, what: str) -> Any:
         return patcher.get_non_dynamic_delegate()
     except RuntimeError as error:
         raise ValueError(
-            f"the {what} is under dynamic VRAM and its loader cannot load it again without ({error}). Use ComfyUI's own loader "
+            f"{what}: is under dynamic VRAM and its loader cannot load it again without ({error}). Use ComfyUI's own loader "
             "node, or start ComfyUI with --disable-dynamic-vram"
         ) from error
 
@@ -94,18 +94,18 @@ def resident(guider: Any, vae: Any, memory: float, network_gradient: bool = True
 
     stays: dict[Any, Any] = {}
     try:
-        patchers = [stay(guider.model_patcher, "diffusion model")]
+        patchers = [stay(guider.model_patcher, "model")]
         guider.model_patcher, guider.inner_model = patchers[0], patchers[0].model
         # Guider_DualModel leaves its second model out at cfg 1.
         if getattr(guider, "uncond_inner", None) is not None:
-            patchers.append(stay(guider.uncond_model_patcher, "second diffusion model"))
+            patchers.append(stay(guider.uncond_model_patcher, "model (the second one)"))
             guider.uncond_model_patcher, guider.uncond_inner = patchers[1], patchers[1].model
         called = [patcher.model.diffusion_model for patcher in patchers]
         for control in controls(guider):
             stays[control] = static_control(control, guider.inner_model)
             patchers += stays[control].get_models()
         _replace_controls(guider, stays)
-        vae_patcher = None if vae is None else static_patcher(vae.patcher, "VAE")
+        vae_patcher = None if vae is None else static_patcher(vae.patcher, "vae")
         if vae_patcher is not None:
             patchers.append(vae_patcher)
 
@@ -114,7 +114,8 @@ def resident(guider: Any, vae: Any, memory: float, network_gradient: bool = True
             twin.pre_run()
         called += control_networks(guider)
         for network in (*(patcher.model for patcher in patchers), *called):
-            normal_weights(network, network_gradient or (vae_patcher is not None and network is vae_patcher.model))
+            of_vae = vae_patcher is not None and network is vae_patcher.model
+            normal_weights(network, network_gradient or of_vae, "vae" if of_vae else "model")
         yield Loaded(None if vae_patcher is None else vae_patcher.model, list(dict.fromkeys(called)))
     finally:
         for twin in twins:

@@ -15,8 +15,9 @@ from .faults import Course, NotFinite, check_finite, stop_when_interrupted, stop
 from .gradients import differentiable_options, gradients, normal_tensors
 from .internals import naming_what_is_missing
 from .loading import Loaded, control_networks, controls, resident
-from .memory import GIB, MODES, Estimate, estimate, free_memory, out_of_memory, recomputing, release_memory
+from .memory import GIB, Estimate, estimate, free_memory, out_of_memory, release_memory
 from .readout import Readout, throw_if_interrupted
+from .recompute import MODES, recomputing
 from .refusals import check_attention, refuse_unsupported, state_of
 
 log = logging.getLogger("comfyui-posterior")
@@ -231,9 +232,7 @@ def denoiser(model: Any, state: State) -> Callable[..., Tensor]:
         x_host = state.from_k(x, sigma.reshape(-1, 1, 1, 1))
         denoised = model(x_host, state.sigma_from_k(sigma), **extra_args)
         if x.requires_grad and torch.is_grad_enabled() and not denoised.requires_grad:
-            raise ValueError(
-                "the model's output has no gradient: a patch or wrapper on the model computes without one; remove it"
-            )
+            raise ValueError("model: its output has no gradient, for a patch or wrapper on it computes without one; remove it")
         check_finite(
             denoised,
             f"the model returned NaN or infinite values at sigma {float(sigma[0]):.4g}; try a lower cfg or another precision",

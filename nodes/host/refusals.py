@@ -21,29 +21,31 @@ def refuse_unsupported(guider: Any, x: Tensor, model_options: dict[str, Any], ne
     """
     if x.ndim != 4:
         raise ValueError(
-            f"the latent has {x.ndim} dimensions {tuple(x.shape)}; only pictures, (batch, channels, height, width), work"
+            f"latent_image: has {x.ndim} dimensions {tuple(x.shape)}; only pictures, (batch, channels, height, width), work"
         )
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("latent_image: has NaN or infinite values, or its noise has; the node before it went wrong")
     check_prompts(guider)
     if not network_gradient:
         return
     conds = [cond for group in guider.conds.values() for cond in group]
     if len({cond.get("hooks") for cond in conds}) > 1:
         raise ValueError(
-            "the conditionings carry different hooks (for example a LoRA on the positive prompt only). Their weights are swapped "
+            "positive, negative: they carry different hooks (for example a LoRA on the positive prompt only). Their weights are swapped "
             "between the two network passes, which makes the gradient wrong. Apply the LoRA to the model, or the same hook to "
             "every conditioning"
         )
     if len(model_options.get("multigpu_clones", {})) > 1:
         raise ValueError(
-            "the model is split over several GPUs, where ComfyUI computes without gradients; remove the multi-GPU node"
+            "model: it is split over several GPUs, where ComfyUI computes without gradients; remove the multi-GPU node"
         )
     if "easycache" in model_options.get("transformer_options", {}):  # LazyCache goes by the same name
         raise ValueError(
-            "EasyCache or LazyCache is on the model: it skips network calls, and with them the gradient; remove it"
+            "model: EasyCache or LazyCache is on it, which skips network calls, and with them the gradient; remove it"
         )
     if model_options.get("context_handler") is not None:
         raise ValueError(
-            "context windows are active on the model, and have not been proved to have a gradient; remove that node"
+            "model: context windows are active on it, and have not been proved to have a gradient; remove that node"
         )
     transformer = model_options.get("transformer_options", {})
     patches = [patch for group in transformer.get("patches", {}).values() for patch in group]
@@ -79,7 +81,7 @@ def state_of(model_sampling: Any) -> State:
     if is_a("CONST") and not is_a("IMG_TO_IMG_FLOW") and getattr(model_sampling, "noise_scale", 1.0) == 1.0:
         return State(flow=True)
     names = ", ".join(c.__name__ for c in type(model_sampling).__mro__[1:] if c.__module__ == families.__name__)
-    raise ValueError(f"the model's parametrisation ({names}) is not supported; eps, v-prediction, EDM and rectified flow are")
+    raise ValueError(f"model: its parametrisation ({names}) is not supported; eps, v-prediction, EDM and rectified flow are")
 
 
 def check_attention(network: torch.nn.Module, options: dict[str, Any]) -> None:
@@ -96,6 +98,6 @@ def check_attention(network: torch.nn.Module, options: dict[str, Any]) -> None:
         q, k, v = (torch.ones(1, 4, 8, requires_grad=True) for _ in range(3))
         if not kernel(q, k, v, 1, transformer_options=dict(options)).requires_grad:
             raise ValueError(
-                f"attention ({getattr(kernel, '__qualname__', kernel)}, in {home}) has no gradient and cannot be overridden. Remove the "
+                f"model: its attention ({getattr(kernel, '__qualname__', kernel)}, in {home}) has no gradient and cannot be overridden. Remove the "
                 "node that patched it, or start ComfyUI with --use-pytorch-cross-attention"
             )

@@ -120,8 +120,10 @@ class MissingPixels(io.ComfyNode):
             # A box far out needs a large picture, which is shown smaller.
             extent = [max(PREVIEW, at + side) for at, side in zip(corner, size, strict=True)]
             shrink = -(-max(extent) // (4 * PREVIEW))
-            small = [[n // shrink for n in numbers] for numbers in (extent, size, corner)]
-            preview = box_mask((3, *small[0]), tuple(max(1, n) for n in small[1]), tuple(small[2]))
+            whole = [n // shrink for n in extent]
+            shown_size = [max(1, n // shrink) for n in size]
+            shown_corner = [min(at // shrink, n - side) for at, n, side in zip(corner, whole, shown_size, strict=True)]
+            preview = box_mask((3, *whole), tuple(shown_size), tuple(shown_corner))
 
             def box(full: Shape) -> Tensor:
                 if corner[0] + size[0] > full[1] or corner[1] + size[1] > full[2]:

@@ -38,6 +38,14 @@ def pack(comfy: ModuleType) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def nodes(pack: ModuleType) -> ModuleType:
+    """The pack's nodes, to be executed without a graph."""
+    import comfyui_posterior.nodes  # noqa: F401
+
+    return pack.nodes
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
     """`tiny(arch, **options)`: path of a checkpoint of `support.tiny_checkpoints`, written once for the session."""
     folder = tmp_path_factory.mktemp("checkpoints")

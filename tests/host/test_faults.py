@@ -121,6 +121,30 @@ def test_cancelled_at_any_stage_within_a_layer(method: str, where: str, call: in
     assert torch.equal(run(h, method), expected)  # the next prompt
 
 
+def test_interrupt_within_a_solve_of_the_operator(h: Host) -> None:
+    """A pseudo-inverse by iterations notices it too: the flag is up before the first, and no step is taken."""
+    import comfy.model_management as mm
+
+    ops, applied = h.pack.operators, []
+    blur = ops.Blur(ops.motion_kernel(9.0, 30.0), (3, 64, 64), "replicate")
+    assert not blur.exact
+
+    def solve(model: Any, x: Tensor, sigmas: Tensor, measurement: Any, **_: Any) -> Tensor:
+        measurement.operator.A(torch.zeros(1, 3, 64, 64))
+        mm.interrupt_current_processing()
+        try:
+            applied.append(measurement.operator.A_dagger(measurement.y))
+        finally:
+            mm.interrupt_current_processing(False)
+        return x
+
+    measurement = ops.Measurement(torch.rand(1, 3, 64, 64), blur)
+    with pytest.raises(mm.InterruptProcessingException):
+        h.sample(h.pack.nodes.host.stock_sampler(solve, measurement, h.vae))
+    assert applied == []
+    assert "_forward" not in {*vars(blur), *vars(blur.form)}  # it was the run's own copy that stopped
+
+
 def test_finish_is_cancelled_within_a_solve(h: Host) -> None:
     """An operator without a closed form: its solve takes hundreds of applications."""
     import comfy.model_management as mm

@@ -201,7 +201,7 @@ def test_nodes_that_skip_network_calls_are_refused(node: str, hosts: Callable[..
 
 
 def test_video_latent_is_refused(hosts: Callable[..., Host]) -> None:
-    refused(hosts("sd15"), r"the latent has 5 dimensions \(1, 4, 2, 8, 8\)", latent=torch.zeros(1, 4, 2, 8, 8))
+    refused(hosts("sd15"), r"latent_image: has 5 dimensions \(1, 4, 2, 8, 8\)", latent=torch.zeros(1, 4, 2, 8, 8))
 
 
 def test_vae_refusals(hosts: Callable[..., Host], host: ModuleType, tiny: Callable[..., Path], load: Callable) -> None:
@@ -266,7 +266,7 @@ def test_a_loader_that_cannot_reload_is_named(host: ModuleType) -> None:
         def get_non_dynamic_delegate(self) -> None:
             raise RuntimeError("cached_patcher_init is not initialized.")
 
-    with pytest.raises(ValueError, match=r"the VAE is under dynamic VRAM.*--disable-dynamic-vram"):
+    with pytest.raises(ValueError, match=r"vae: is under dynamic VRAM.*--disable-dynamic-vram"):
         host.static_patcher(Paged(), "VAE")
 
 

@@ -12,13 +12,6 @@ from torch import Tensor
 PEAK = 40.0
 
 
-@pytest.fixture(scope="module")
-def nodes(pack: ModuleType) -> ModuleType:
-    import comfyui_posterior.nodes  # noqa: F401
-
-    return pack.nodes
-
-
 def recipe(nodes: ModuleType, bind: Any) -> Any:
     return nodes.types.OperatorRecipe("test", bind)
 

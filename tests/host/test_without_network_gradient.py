@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.host_runs import Host, Probe, Scarce, layer_of
+from support.host_versions import needs
 
 
 def cpigdm(h: Host, memory: str = "auto", lighter: dict[str, str] | None = None, **options: Any) -> Any:
@@ -29,12 +30,16 @@ def test_a_network_without_a_gradient_will_do(hosts: Callable[..., Host]) -> Non
 
 
 def test_quantised_weights_will_do(hosts: Callable[..., Host], caplog: pytest.LogCaptureFixture) -> None:
+    import comfy.model_management as mm
     from comfy.quant_ops import QuantizedTensor
 
+    # 0.18.2 alone lists a model's weights before it loads them, which the comfy-kitchen of the newest host does not bear.
+    needs(not hasattr(mm, "module_mmap_residency"), "quantised weights together with the newest comfy-kitchen")
     h = hosts("sd15")
     layer = h.model.model.diffusion_model.time_embed[0]
     weight = layer._parameters["weight"]
-    quantised = QuantizedTensor.from_float(weight.detach().clone(), "TensorCoreFP8E4M3Layout")
+    with torch.inference_mode():  # as the host loads it
+        quantised = QuantizedTensor.from_float(weight.detach().clone(), "TensorCoreFP8E4M3Layout")
     try:
         layer._parameters["weight"] = torch.nn.Parameter(quantised.dequantize().to(weight), requires_grad=False)
         expected = h.sample(cpigdm(h))
@@ -66,7 +71,7 @@ def test_the_estimate_leaves_the_network_out(hosts: Callable[..., Host]) -> None
 
 def test_its_networks_are_called_as_the_host_calls_them(hosts: Callable[..., Host]) -> None:
     h = hosts("sd15")
-    blocks = h.pack.nodes.host.memory.blocks(h.model.model.diffusion_model)
+    blocks = h.pack.nodes.host.recompute.blocks(h.model.model.diffusion_model)
 
     def look(*_: Any, **__: Any) -> int:
         return sum("forward" in vars(block) for block in blocks)

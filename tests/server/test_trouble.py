@@ -143,8 +143,8 @@ def picture_no_latent_has(prompt: Prompt) -> None:
     [
         (mask_of_another_size, ("PosteriorMeasureSimulate", "mask: is 64 x 128", "128 x 128")),
         (box_outside, ("PosteriorMeasureSimulate", "beyond the picture of 128 x 128")),
-        (both_weights_zero, ("PosteriorSamplerPSLD", "omega and gamma are both 0", "set one above 0")),
-        (linked_weights_zero, ("PosteriorSamplerPSLD", "omega and gamma are both 0")),
+        (both_weights_zero, ("PosteriorSamplerPSLD", "omega, gamma: both are 0", "set one above 0")),
+        (linked_weights_zero, ("PosteriorSamplerPSLD", "omega, gamma: both are 0")),
         (colour_photo_as_grey, ("PosteriorMeasurementFromPhoto", "photo: is in colour")),
         (mask_of_nothing, ("PosteriorMask", "mask: marks no pixel", "Mask Editor")),
         (blur_wider_than_the_picture, ("PosteriorMeasureSimulate", "more than the picture of 128 x 128", "sigma")),

@@ -1,6 +1,8 @@
 """Analytic models with known denoisers, used in place of networks by the sampler tests."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,16 @@ class GaussianMixture:
         log_weight = self.pi.log() - 0.5 * ((d * solved).sum(-1) + logdet)
         score = -(log_weight.softmax(1)[..., None] * solved).sum(1)
         return x + sigma.reshape(-1, *[1] * (x.ndim - 1)) ** 2 * score.reshape(x.shape)
+
+
+def gaussian(mean: Tensor, variance: float) -> Callable[..., Tensor]:
+    """The denoiser of N(mean, variance I)."""
+
+    def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+        share = (variance / (variance + sigma**2)).reshape(-1, 1, 1, 1)
+        return mean + share * (x - mean)
+
+    return model
 
 
 def alphas_to_sigma(alpha_bar: float) -> float:

@@ -5,7 +5,6 @@ every tensor of another size, with NaN, or empty.
 """
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -216,8 +215,9 @@ def input_names(specs: list[Any]) -> set[str]:
 
 
 def names_an_input(message: str, names: set[str]) -> bool:
-    """Whether a message begins with an input: it must be the first or second thing that it says."""
-    return any(re.search(rf"\b{re.escape(name)}\b", message[:60]) for name in names)
+    """Whether a message begins with an input, or with several: "mask: ...", "first, second: ..."."""
+    subject = message.split(":")[0].split(" (")[0]
+    return all(part in names for part in subject.split(", "))
 
 
 def prepared(hosts: Callable[..., Any], load: Callable, tiny: Callable[..., Any]) -> dict[str, dict[str, Any]]:

@@ -70,6 +70,15 @@ class Host:
             )
 
 
+def psld(h: Host, memory: str = "auto", **options: Any) -> Any:
+    return h.sampler(h.pack.samplers.sample_psld, memory=memory, **options)
+
+
+def own_forwards(*networks: torch.nn.Module) -> list[str]:
+    """The parts of these networks on which a `forward` of their own hangs, by name."""
+    return [name for network in networks for name, module in network.named_modules() if "forward" in vars(module)]
+
+
 class Probe:
     """A sampler function that takes no step: it hands what it is given to `look` and keeps the answer."""
 

@@ -1,37 +1,15 @@
-"""Consistency, Compare and the plot of a run: the figures by their definitions, the words by what they must not hide."""
+"""Consistency: its figures by their definitions, its verdict by what it must not hide."""
 
 import math
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from support.pictures import noise_like, picture
 from torch import Tensor
-
-
-@pytest.fixture(scope="module")
-def nodes(pack: ModuleType) -> ModuleType:
-    import comfyui_posterior.nodes  # noqa: F401
-
-    return pack.nodes
-
-
-def noise_like(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def picture(*size: int, seed: int = 0, batch: int = 1) -> Tensor:
-    """Smooth waves, IMAGE (batch, h, w, 3) in [0.2, 0.8]."""
-    coarse = noise_like(batch, 3, 4, 4, seed=seed).float() * 0.6 + 0.2
-    fine = torch.nn.functional.interpolate(coarse, size or (48, 64), mode="bilinear", align_corners=True)
-    return fine.movedim(1, -1)
-
 
 Bind = Callable[[tuple[int, int, int]], Any]
 
@@ -255,156 +233,3 @@ def test_pictures_that_do_not_fit_are_refused(nodes: ModuleType, pack: ModuleTyp
         consistency(nodes, picture(32, 32), measurement)
     with pytest.raises(ValueError, match=r"^image: got a batch of 3 for a measurement of 2"):
         consistency(nodes, picture(batch=3), measurement)
-
-
-# Compare --------------------------------------------------------------------------------------------------------------
-
-
-def compare(nodes: ModuleType, image: Tensor, truth: Tensor, brightest: float = 0.2) -> tuple[Any, ...]:
-    """picture, psnr, ssim, text."""
-    with torch.inference_mode():
-        out = nodes.readouts.Compare.execute(image, truth, brightest)
-    return *out.args, out.ui["text"][0]
-
-
-@pytest.mark.parametrize("size", [(11, 11), (12, 17), (48, 64)])
-@pytest.mark.parametrize("spread", [0.02, 0.3])
-def test_psnr_and_ssim_are_scikit_images(nodes: ModuleType, size: tuple[int, int], spread: float) -> None:
-    """structural_similarity with the settings that its documentation gives for Wang et al. (2004)."""
-    truth = picture(*size)
-    image = (truth + spread * (noise_like(1, *size, 3).float() - 0.5)).clamp(0, 1)
-    a, b = (v[0].double().numpy() for v in (image, truth))
-    standard = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
-    _, psnr, ssim, text = compare(nodes, image, truth)
-    assert psnr == pytest.approx(peak_signal_noise_ratio(b, a, data_range=1.0), abs=1e-6)
-    assert ssim == pytest.approx(structural_similarity(a, b, channel_axis=-1, **standard), abs=1e-6)
-    assert text == f"PSNR {psnr:.2f} dB, SSIM {ssim:.4f}"
-
-
-def test_identical_pictures(nodes: ModuleType) -> None:
-    shown, psnr, ssim, _ = compare(nodes, picture(), picture())
-    assert math.isinf(psnr)
-    assert ssim == 1
-    assert float(shown[:, :, -64:].max()) == 0
-
-
-def test_what_is_beyond_black_and_white_is_not_seen(nodes: ModuleType) -> None:
-    truth = torch.ones(1, 32, 32, 3)
-    assert math.isinf(compare(nodes, truth + 0.3, truth)[1])
-
-
-def test_each_picture_of_a_batch_and_their_mean(nodes: ModuleType) -> None:
-    truth = picture()
-    image = torch.cat([truth + 0.1, truth + 0.01])
-    _, psnr, _, text = compare(nodes, image, truth)
-    assert re.findall(r"picture (\d): PSNR (\S+) dB", text) == [("1", "20.00"), ("2", "40.00")]
-    assert psnr == pytest.approx(30, abs=1e-3)
-
-
-def test_error_map(nodes: ModuleType) -> None:
-    """Black where there is none, white from `brightest` on, between them the same order."""
-    truth = picture(128, 128)
-    image = truth.clone()
-    image[:, 40:60] += 0.1
-    image[:, 60:80] += 0.2
-    shown = compare(nodes, image, truth, brightest=0.15)[0]
-    error = shown[0, :, -128:]
-    assert torch.allclose(shown[0, :, 132:260], truth[0], atol=1e-6)
-    assert float(error[:40].max()) == 0
-    assert torch.equal(error[60:80], torch.ones(20, 128, 3))
-    assert torch.allclose(error[40:60], torch.tensor([1.0, 1.0, 0.0]).expand(20, 128, 3), atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("image", "truth", "message"),
-    [
-        ((48, 64), (64, 48), r"^image: is 64 x 48, but truth is 48 x 64"),
-        ((10, 64), (10, 64), r"^image: is 64 x 10; SSIM looks at windows of 11 x 11"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(
-    nodes: ModuleType, image: tuple[int, int], truth: tuple[int, int], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        compare(nodes, picture(*image), picture(*truth))
-
-
-def test_batches_that_do_not_fit_are_refused(nodes: ModuleType) -> None:
-    with pytest.raises(ValueError, match=r"^image: got a batch of 3 for 2 pictures at truth"):
-        compare(nodes, picture(batch=3), picture(batch=2))
-
-
-LPIPS = """
-import torch
-
-
-class LPIPS(torch.nn.Module):
-    def __init__(self, net, verbose):
-        super().__init__()
-        assert net == "alex"
-
-    def forward(self, a, b):
-        assert a.min() < 0 and a.dtype == torch.float32  # from -1 to 1
-        return (a - b).abs().mean((1, 2, 3), keepdim=True)
-"""
-
-
-def test_lpips_needs_package_and_weights(nodes: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that stands in for lpips, as it is called; nothing is loaded while the network's weights are missing."""
-    hub = tmp_path / "hub"
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    truth = picture()
-    assert "LPIPS" not in compare(nodes, truth + 0.1, truth)[3]
-    (tmp_path / "lpips").mkdir()
-    (tmp_path / "lpips" / "__init__.py").write_text(LPIPS)
-    monkeypatch.syspath_prepend(tmp_path)
-    assert "LPIPS" not in compare(nodes, truth + 0.1, truth)[3]
-    assert "lpips" not in sys.modules
-    (hub / "checkpoints").mkdir(parents=True)
-    (hub / "checkpoints" / "alexnet-owt-7be5be79.pth").touch()
-    try:
-        assert compare(nodes, truth + 0.1, truth)[3].endswith("LPIPS 0.2000")
-    finally:
-        sys.modules.pop("lpips", None)
-
-
-def test_lpips_asks_for_the_file_that_torchvision_would_load(nodes: ModuleType) -> None:
-    from torchvision.models import AlexNet_Weights
-
-    assert AlexNet_Weights.IMAGENET1K_V1.url.endswith(f"/{nodes.readouts.LPIPS_TRUNK}")
-
-
-# The plot of a run ----------------------------------------------------------------------------------------------------
-
-
-def line(plot: Tensor) -> dict[int, float]:
-    """Where the curve is, as column -> mean row."""
-    pixels = (plot[0] * 255).round().numpy()
-    rows, columns = np.nonzero((pixels == (31, 119, 180)).all(-1))
-    return {int(c): float(rows[columns == c].mean()) for c in np.unique(columns)}
-
-
-def test_plot_is_the_logarithm_of_the_residual(nodes: ModuleType) -> None:
-    """A residual that falls tenfold with every step is a straight line over the whole frame."""
-    plot = nodes.plot.residual_plot([[1.0, 0.1, 0.01, 0.001]], 0.0)
-    assert plot.shape == (1, 270, 480, 3)
-    curve = line(plot)
-    left, right = min(curve), max(curve)
-    slope = (curve[right - 4] - curve[left + 4]) / (right - left - 8)
-    assert slope > 0.3
-    for column, row in curve.items():
-        if left + 4 <= column <= right - 4:
-            assert abs(row - curve[left + 4] - slope * (column - left - 4)) < 3
-
-
-def test_plot_has_the_noise_every_run_and_a_residual_of_nought(nodes: ModuleType) -> None:
-    falling, flat = [0.5, 0.1, 0.0], [0.3, 0.3, 0.3]
-    one, two = (nodes.plot.residual_plot(curves, 0.02) for curves in ([falling], [falling, flat]))
-    assert not torch.equal(one, two)
-    red = ((one[0] * 255).round() == torch.tensor([214.0, 39.0, 40.0])).all(-1)
-    assert int(red.any(1).sum()) > 0
-    assert int(red.sum(1).max()) > 150  # the broken line
-    none = nodes.plot.residual_plot([falling], 0.0)
-    assert not bool(((none[0] * 255).round() == torch.tensor([214.0, 39.0, 40.0])).all(-1).any())
-    assert nodes.plot.residual_plot([[]], 0.02) is None
-    assert nodes.plot.residual_plot([[0.1]], 0.0) is not None

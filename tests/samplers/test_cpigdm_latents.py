@@ -1,0 +1,163 @@
+"""C-PiGDM through an autoencoder: a toy one, by how near its pictures come to the measurement, and that of the demo prior."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.analytic import gaussian
+from support.mixture import karras
+from torch import Tensor
+
+from operators import AreaDownscale, Measurement
+from prior import networks
+from prior.draw import draw
+from samplers import fill_unseen, sample_cpigdm, sample_psld
+
+F64 = torch.float64
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# A toy autoencoder -----------------------------------------------------------------------------------------------------------
+
+
+class Toy:
+    """A latent space (1, 4, 4) of pictures (1, 8, 8): x = D z, perhaps bent by tanh. The encoder is the decoder's inverse."""
+
+    def __init__(self, bent: bool) -> None:
+        self.bent = bent
+        self.matrix = 0.3 * torch.randn(64, 16, dtype=F64, generator=generator(8))
+
+    def decode(self, z: Tensor) -> Tensor:
+        image = (z.flatten(1) @ self.matrix.T).reshape(-1, 1, 8, 8)
+        return image.tanh() if self.bent else image
+
+    def encode(self, image: Tensor) -> Tensor:
+        flat = image.flatten(1)
+        flat = flat.clamp(-0.999, 0.999).atanh() if self.bent else flat
+        return (flat @ torch.linalg.pinv(self.matrix).T).reshape(-1, 1, 4, 4)
+
+
+def latent_run(toy: Toy, noise: float, images: int = 4, calls: int = 10, first: int = 0, **options: Any) -> SimpleNamespace:
+    operator = AreaDownscale((1, 8, 8), 2)
+    g = generator(9)
+    z = torch.randn(4, 1, 4, 4, dtype=F64, generator=g)
+    y = operator.A(toy.decode(z))
+    y = y + noise * torch.randn(y.shape, dtype=F64, generator=g)
+    measurement = Measurement(y[first : first + images], operator, noise)
+    start = toy.encode(fill_unseen(measurement)) + 10 * torch.randn(4, 1, 4, 4, dtype=F64, generator=g)[first : first + images]
+    model = gaussian(torch.zeros(1, 1, 4, 4, dtype=F64), 1.0)
+    out = sample_cpigdm(model, start, karras(calls, 10.0), {"seed": first}, measurement=measurement, autoencoder=toy, **options)
+    return SimpleNamespace(z=out, residual=measurement.residual_norm(toy.decode(out)), entries=16)
+
+
+@pytest.mark.parametrize("bent", [False, True])
+@pytest.mark.parametrize("options", [{}, {"weight": "bayes"}], ids=str)
+@pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
+def test_final_residual_is_that_of_the_noise(bent: bool, options: dict[str, Any], noise: float) -> None:
+    """The discrepancy principle: within 0.9 to 1.1 sigma sqrt(m). Without fresh noise, which lets 16 values vary by more."""
+    out = latent_run(Toy(bent), noise, last_steps=30, eta=0.0, **options)
+    ratio = out.residual / (noise * out.entries**0.5)
+    assert ((ratio > 0.9) & (ratio < 1.1)).all(), ratio
+
+
+@pytest.mark.parametrize("bent", [False, True])
+@pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
+def test_with_fresh_noise_no_sample_is_further_from_the_photo_than_the_noise(bent: bool, noise: float) -> None:
+    """As shipped, with all noise of a step fresh, samples of 16 values may be nearer to the photo than the noise, down to 0.7."""
+    out = latent_run(Toy(bent), noise, last_steps=30)
+    ratio = out.residual / (noise * out.entries**0.5)
+    assert ((ratio > 0.7) & (ratio < 1.1)).all(), ratio
+
+
+def test_noise_free_latents_meet_the_measurement() -> None:
+    assert float(latent_run(Toy(False), 0.0, last_steps=30).residual.max()) < 1e-4
+    bent = latent_run(Toy(True), 0.0, last_steps=60).residual
+    assert float(bent.max()) < 0.01 * float(latent_run(Toy(True), 0.0, weight="paper", w=0.0).residual.min())
+
+
+@pytest.mark.parametrize("options", [{}, {"weight": "bayes", "jacobian": "k"}, {"consistency": "encoder"}], ids=str)
+def test_a_batch_of_latents_equals_single_runs(options: dict[str, Any]) -> None:
+    toy = Toy(True)
+    batch = latent_run(toy, 0.1, eta=0.5, **options).z
+    single = torch.cat([latent_run(toy, 0.1, images=1, first=i, eta=0.5, **options).z for i in range(4)])
+    torch.testing.assert_close(batch, single, rtol=0, atol=1e-5)
+
+
+def test_encoder_consistency_needs_no_gradient() -> None:
+    """It comes close with the decoder's inverse as encoder, and no graph is ever built."""
+
+    class NoGraph(Toy):
+        def decode(self, z: Tensor) -> Tensor:
+            assert not z.requires_grad
+            return super().decode(z)
+
+        def encode(self, image: Tensor) -> Tensor:
+            assert not image.requires_grad
+            return super().encode(image)
+
+    out = latent_run(NoGraph(False), 0.0, consistency="encoder", last_steps=30)
+    free = latent_run(NoGraph(False), 0.0, consistency="encoder", weight="paper", w=0.0)
+    assert float(out.residual.max()) < 0.1 * float(free.residual.min())
+
+
+# The demo prior --------------------------------------------------------------------------------------------------------------
+
+
+class Photo:
+    """x4 of a held-out portrait, and the demo prior's networks in any precision."""
+
+    def __init__(self, precision: torch.dtype, factor: int = 4) -> None:
+        unet, autoencoder = networks.load()
+        self.unet, self.autoencoder, self.dtype = unet.to(precision), autoencoder.to(precision), precision
+        self.truth = torch.from_numpy(np.array(draw(1_200_000))).movedim(2, 0)[None].float() / 127.5 - 1
+        operator = AreaDownscale((3, 128, 128), factor)
+        y = operator.A(self.truth)
+        self.measurement = Measurement(y + 0.04 * torch.randn(y.shape, generator=generator(1)), operator, 0.04)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.autoencoder.decode(z.to(self.dtype)).float()
+
+    def model(self, x: Tensor, sigma: Tensor, seed: int) -> Tensor:
+        """As a host does it: x in float32, the network in its precision."""
+        level = sigma.reshape(-1, 1, 1, 1)
+        t = (sigma[:, None].log() - networks.noise_levels().float().log()).abs().argmin(1)
+        return x - level * self.unet((x / (1 + level**2).sqrt()).to(self.dtype), t).float()
+
+    def restore(self, solve: Callable[..., Tensor], calls: int, **options: Any) -> tuple[float, float]:
+        """PSNR in dB, and ||A x - y|| / (sigma sqrt(m))."""
+        sigmas = networks.noise_levels().float()[torch.linspace(999, 0, calls).round().long()]
+        x = torch.randn(1, 4, 16, 16, generator=generator(5)) * sigmas[0]
+        sigmas = torch.cat([sigmas, torch.zeros(1)])
+        z = solve(self.model, x, sigmas, {"seed": 0}, measurement=self.measurement, autoencoder=self, **options)
+        with torch.no_grad():
+            image = self.decode(z)
+        error = ((image.clamp(-1, 1) - self.truth) / 2).square().mean()
+        residual = self.measurement.residual_norm(image) / (0.04 * self.measurement.y.numel() ** 0.5)
+        return float(-10 * error.log10()), float(residual)
+
+
+@pytest.mark.parametrize(
+    ("solve", "calls", "options"),
+    [
+        (sample_cpigdm, 4, {"last_steps": 4}),
+        (sample_psld, 8, {"rule": "line_search", "gamma": 0.0, "omega": 0.8, "last_steps": 4}),
+    ],
+)
+def test_bfloat16_networks_give_the_same_picture(solve: Callable[..., Tensor], calls: int, options: dict[str, Any]) -> None:
+    """Within 0.2 dB of float32; the line search's finite difference is above the decoder's rounding."""
+    exact, low = (Photo(precision).restore(solve, calls, **options)[0] for precision in (torch.float32, torch.bfloat16))
+    assert abs(low - exact) < 0.2
+
+
+def test_five_calls_beat_twenty_of_psld() -> None:
+    """x8 super-resolution: nearer to the truth than the paper's rule, and as near to the photo as its noise."""
+    photo = Photo(torch.float32, factor=8)
+    psnr, residual = photo.restore(sample_cpigdm, 5)
+    assert 0.9 < residual < 1.1
+    assert psnr > photo.restore(sample_psld, 20, gamma=0.0)[0] + 1
