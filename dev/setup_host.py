@@ -5,7 +5,7 @@ prints where they are, one `key=value` a line:
 
     python    interpreter of a virtual environment with ComfyUI's requirements and our development tools
     comfyui   a ComfyUI checkout: $COMFYUI_DIR when set (never written to), else the pinned one of $COMFYUI_VERSION
-    base      ComfyUI's --base-directory for this checkout (models, input, output, user, custom_nodes); the pack is linked
+    base      ComfyUI's --base-directory for this checkout and version (models, input, output, user, custom_nodes); the pack is linked
               into its custom_nodes, so that no existing ComfyUI is changed
 
 Everything is keyed by the pins below: a second run only checks markers, a changed pin makes a new environment.
@@ -183,8 +183,9 @@ def environment(cache: Path, comfyui: Path) -> Path:
     return python
 
 
-def base_directory(cache: Path) -> Path:
-    """ComfyUI's --base-directory for this checkout, with the pack linked in.
+def base_directory(cache: Path, version: str | None = None) -> Path:
+    """ComfyUI's --base-directory for this checkout, with the pack linked in. Each version that is asked for has its own, so that
+    two can be tested at once.
 
     Bases of deleted checkouts are removed, unless somebody put models, inputs or results there.
     """
@@ -193,7 +194,7 @@ def base_directory(cache: Path) -> Path:
         kept = any(path.is_file() for name in ("models", "input", "output") for path in (old / name).rglob("*"))
         if not (old / "custom_nodes" / PACK).exists() and not kept:
             shutil.rmtree(old)
-    base = bases / digest(str(ROOT))
+    base = bases / digest(str(ROOT), *filter(None, [version]))
     for name in ("models/checkpoints", "input", "output", "user", "custom_nodes"):
         (base / name).mkdir(parents=True, exist_ok=True)
     link = base / "custom_nodes" / PACK
@@ -234,7 +235,7 @@ def prepare() -> dict[str, Path]:
             raise SetupError(f"COMFYUI_DIR={given} and HOST={version} each name a ComfyUI; give one of them.")
         comfyui = given_comfyui(given) if given else pinned_comfyui(cache, version or NEWEST)
         requirements = comfyui if given else pinned_comfyui(cache)
-        return {"python": environment(cache, requirements), "comfyui": comfyui, "base": base_directory(cache)}
+        return {"python": environment(cache, requirements), "comfyui": comfyui, "base": base_directory(cache, version)}
 
 
 def main() -> int:

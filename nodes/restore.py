@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..operators import Crop, Measurement
+from ..operators import Crop, Identity, Measurement
 from ..samplers import fill_unseen, measured, sample_cpigdm, sample_psld
 from . import host
 from .finish import finish
@@ -145,6 +145,10 @@ class Restore(io.ComfyNode):
         solve, options = SOLVERS[method]
         run = {"memory": memory, "unique_id": host.node_id(cls)}
         images, worst, texts, curves, notes = [], 0.0, [], [], []
+        if isinstance(exact.operator, Identity) and exact.sigma == 0:
+            notes.append(
+                "nothing to restore: the photo is said to be whole and noise-free. Give its Measurement node a sigma above 0"
+            )
         # One picture at a time: it takes the memory of one, and comes out the same to the bit in any batch.
         for i in range(len(filled)):
             start = vae.encode(filled[i : i + 1])

@@ -99,6 +99,16 @@ def test_what_cannot_be_met_is_said_before_the_sampling(demo: Demo, monkeypatch:
         demo.restore(measurement, cfg=3.0)
 
 
+@torch.inference_mode()
+def test_a_photo_without_a_fault_comes_back_and_restore_says_why(demo: Demo) -> None:
+    photo = demo.pictures(1)
+    measurements = [demo.measure(photo, demo.pack.operators.Identity, sigma) for sigma in (0.0, 0.1)]
+    run = demo.nodes.restore.Restore.execute
+    outs = [run(demo.model, demo.vae, demo.prompt, m, "C-PiGDM", "fast", 0, 1.0) for m in measurements]
+    assert torch.equal(outs[0].args[0], photo)
+    assert ["nothing to restore" in out.ui["text"][0] for out in outs] == [True, False]
+
+
 def test_uncertainty_is_the_standard_deviation_and_counts_its_samples(demo: Demo) -> None:
     samples = 0.5 + 0.05 * torch.randn(200, 6, 5, 3, generator=torch.Generator().manual_seed(0))
     run = demo.nodes.restore.Uncertainty.execute
