@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choices, check_common
-from .latent_consistency import match_by_decoder, match_by_encoder, measured_entries
+from .latent_consistency import closer, match_by_decoder, match_by_encoder, measured_entries
 from .steps import Autoencoder, ddim_step, noise_sampler, per_image, vjp
 from .weights import Bayes, Paper, Weight, over_compensated, psi, pull
 
@@ -299,6 +299,8 @@ class Latents:
             target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, self.entries)
         else:
             target, fit = match_by_encoder(x0, self.measurement, self.autoencoder, steps)
+        if last:
+            target = closer(target, x0, fit, self.measurement, self.autoencoder)
         return target - x0, fit
 
     def gram(self, v: Tensor, h: Spectral) -> Tensor:

@@ -39,6 +39,9 @@ def match_by_decoder(
     fit = None
     goal = measurement.sigma**2 * entries
     z = z.detach()
+    # No step is longer than z itself, or unit variance: the line search knows no bound where the decoder hardly reacts, as one does
+    # that a network gone astray has saturated.
+    longest = z.flatten(1).norm(dim=1).clamp(min=z[0].numel() ** 0.5)
     before = direction = torch.zeros_like(z)
     for _ in range(steps):
         with torch.enable_grad():
@@ -60,8 +63,20 @@ def match_by_decoder(
             best = (_dot(residual, slope) / curve).clamp(min=0)
             excess = (_dot(residual, residual) - goal).clamp(min=0) / curve
             length = best - (best**2 - excess).clamp(min=0).sqrt()
+            length = torch.minimum(length, longest / size)
             z = z + per_image(length, z) * direction
     return z, fit
+
+
+def closer(z: Tensor, start: Tensor, fit: Tensor, measurement: Any, autoencoder: Autoencoder | None) -> Tensor:
+    """z, or for images where that is further from the measurement than the start was, the start.
+
+    Args:
+        z, start: (B, c, h, w).
+        fit: ||A D(start) - y||, (B,).
+    """
+    image = z if autoencoder is None else autoencoder.decode(z)
+    return torch.where(per_image(measurement.residual_norm(image) <= fit, z), z, start)
 
 
 def match_by_encoder(z: Tensor, measurement: Any, autoencoder: Autoencoder, steps: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choices, check_common
-from .latent_consistency import match_by_decoder, measured_entries
+from .latent_consistency import closer, match_by_decoder, measured_entries
 from .steps import Autoencoder, ddim_step, noise_sampler, per_image, vjp
 
 GLUES, RULES = ("pinv", "adjoint", "goodness"), ("paper", "line_search")
@@ -159,7 +159,8 @@ class LineSearch:
         steps = self.last_steps if last else self.inner_steps
         target, fit = match_by_decoder(z0, self.measurement, self.autoencoder, steps, self.entries)
         if last:
-            return target - z0.detach(), fit
+            with torch.no_grad():
+                return closer(target, z0, fit, self.measurement, self.autoencoder) - z0, fit
         move = self.omega * (target - z0.detach())
         back = vjp(z0, x, move)
         size, length = (v.flatten(1).norm(dim=1) for v in (move, back))

