@@ -6,50 +6,65 @@ ComfyUI compares the widgets of a node with their ranges, but nothing that comes
 import functools
 import inspect
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from comfy_api.latest import io
 
-from .host import naming_what_is_missing
+from .host import naming_lack_of_memory, naming_what_is_missing
 
 log = logging.getLogger("comfyui-posterior")
+LISTED_ANEW = ("file", "scheduler")  # choices that grow while ComfyUI runs; their nodes look at them themselves
 
 
 def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """Let a node refuse numbers out of range, and say what this ComfyUI lacks."""
+    """Let a node refuse what no node can use, and say what this ComfyUI lacks."""
     execute = node.execute.__func__
     names = inspect.signature(execute)
 
     @functools.wraps(execute)
     def checked(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
         given = names.bind_partial(cls, *args, **kwargs).arguments
-        with naming_what_is_missing():
-            inputs = (cls.SCHEMA or cls.define_schema()).inputs
-            for spec in inputs:
-                if isinstance(spec, io.DynamicCombo.Input) and spec.id not in given and not spec.optional:
-                    choices = ", ".join(option.key for option in spec.options)  # the host drops a choice that it does not know
-                    raise ValueError(f"{spec.id}: is missing or not one of {choices}")
-            for name, value, low, high in numbers(inputs, given):
-                if not low <= value <= high:
-                    raise ValueError(f"{name}: got {value}, expected a number from {low} to {high}")
+        with naming_what_is_missing(), naming_lack_of_memory():
+            for spec, value in each((cls.SCHEMA or cls.define_schema()).inputs, given):
+                refuse_unusable(spec, value)
             return execute(cls, *args, **kwargs)
 
     node.execute = classmethod(checked)
     return node
 
 
-def numbers(inputs: list[io.Input], given: dict[str, Any]) -> Iterator[tuple[str, float, float, float]]:
-    """Name, value and range of every number among what was given, also behind the choices of dynamic inputs."""
+def each(inputs: list[io.Input], given: dict[str, Any]) -> Iterator[tuple[io.Input, Any]]:
+    """Every input with its value, among what was given, also behind the choices of dynamic inputs."""
     for spec in inputs:
         value = given.get(spec.id)
         if isinstance(spec, io.DynamicCombo.Input):
-            for option in spec.options:
-                if isinstance(value, dict) and option.key == value.get(spec.id):
-                    yield from numbers(option.inputs, value)
-        elif isinstance(spec, io.Int.Input | io.Float.Input) and value is not None:
-            infinite = float("inf")
-            yield spec.id, value, -infinite if spec.min is None else spec.min, infinite if spec.max is None else spec.max
+            choices = {option.key: option for option in spec.options}
+            chosen = value.get(spec.id) if isinstance(value, dict) else None
+            if chosen in choices:
+                yield from each(choices[chosen].inputs, value)
+            elif spec.id in given or not spec.optional:  # the host drops a choice that it does not know
+                raise ValueError(f"{spec.id}: is missing or not one of {', '.join(choices)}")
+        elif spec.id in given:
+            yield spec, value
+
+
+def refuse_unusable(spec: io.Input, value: Any) -> None:
+    """Refuse nothing where something is needed, an empty prompt, a choice that there is not, and a number out of range."""
+    widget = isinstance(spec, io.WidgetInput)
+    if value is None:
+        # A VAE's own check says where to get one.
+        if widget or not (spec.optional or isinstance(spec, io.Vae.Input)):
+            raise ValueError(f"{spec.id}: got nothing. Connect it; if it is connected, the node before it gave nothing")
+    elif isinstance(spec, io.Conditioning.Input) and len(value) == 0:
+        raise ValueError(f"{spec.id}: is empty, the node before it gave no prompt. Connect a CLIP Text Encode node")
+    elif isinstance(spec, io.Combo.Input) and spec.id not in LISTED_ANEW and value not in spec.options:
+        raise ValueError(f"{spec.id}: got {str(value)[:80]!r}, expected one of {', '.join(map(str, spec.options))}")
+    elif isinstance(spec, io.Int.Input | io.Float.Input):
+        low, high = (-math.inf if spec.min is None else spec.min), (math.inf if spec.max is None else spec.max)
+        if not low <= value <= high:
+            raise ValueError(f"{spec.id}: got {value}, expected a number from {low} to {high}")
 
 
 def usable(nodes: list[type[io.ComfyNode]]) -> list[type[io.ComfyNode]]:

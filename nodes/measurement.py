@@ -75,7 +75,7 @@ class MeasureSimulate(io.ComfyNode):
     @classmethod
     def execute(cls, image: Tensor, operator: OperatorRecipe, noise: dict, seed: int) -> io.NodeOutput:
         x = to_signal("image", image)
-        a = operator.bind(tuple(x.shape[1:]))
+        a = operator.on(tuple(x.shape[1:]), x, "use a smaller image")
         y = a.A(x)
         if noise["noise"] == "Poisson":
             y, sigma = counted(y, measured(a, y), noise["peak"], seed)
@@ -158,7 +158,8 @@ class MeasurementFromPhoto(io.ComfyNode):
     @classmethod
     def execute(cls, photo: Tensor, operator: OperatorRecipe, noise: dict) -> io.NodeOutput:
         y = to_signal("photo", photo)
-        a = operator.bind(operator.full_shape(tuple(y.shape[1:])))
+        remedy = f"lower the factor ({operator.label}), or use a smaller photo or batch than {y.shape[3]} x {y.shape[2]}, {len(y)}"
+        a = operator.on(operator.full_shape(tuple(y.shape[1:])), y, remedy)
         if a.out_shape[0] == 1:
             y = grey(y)
         if tuple(y.shape[1:]) != a.out_shape:
@@ -306,7 +307,7 @@ def output(node: type[io.ComfyNode], measurement: Measurement, text: str) -> io.
     """What every node that makes a measurement gives and shows."""
     # Random values tell pixels that nothing reaches from those that a kernel of sum 0 weighs to nothing.
     draw = torch.randn(measurement.y.shape[1:], generator=torch.Generator().manual_seed(0)).to(measurement.y)
-    reached = measurement.operator.A_adjoint(draw.expand_as(measurement.y).contiguous()).abs().amax(1)
+    reached = measurement.operator.A_adjoint(draw.expand_as(measurement.y).contiguous()).abs_().amax(1)
     lost = (reached <= 1e-9 * reached.max()).float()
     picture = degraded(measurement)
     return io.NodeOutput(measurement, picture, lost, ui=shown(node, picture, text=text))

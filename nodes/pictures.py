@@ -1,7 +1,7 @@
 """Pictures that nodes show of what they did."""
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
 from . import host
@@ -14,8 +14,11 @@ def shown(node: type[io.ComfyNode], *images: Tensor, text: str = "") -> dict:
     """The `ui` of a node's output: previews of these IMAGEs, small ones enlarged, and a text, which is on the node at once."""
     result = {}
     if images:
-        previews = [ui.PreviewImage(enlarged(image), cls=node).as_dict() for image in images]
-        result = {"images": [saved for preview in previews for saved in preview["images"]], "animated": (False,)}
+        with host.without("pictures on nodes"):
+            from comfy_api.latest import ui
+
+            previews = [ui.PreviewImage(enlarged(image), cls=node).as_dict() for image in images]
+            result = {"images": [saved for preview in previews for saved in preview["images"]], "animated": (False,)}
     if text:
         host.show_text(node, text)
         result["text"] = (text,)

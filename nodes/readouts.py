@@ -276,7 +276,9 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     try:
         from kornia.metrics import ssim as ssim_map  # comes with ComfyUI
     except ImportError as error:
-        raise ValueError("SSIM needs kornia, which is in ComfyUI's requirements.txt; install those again") from error
+        raise ValueError(
+            "image: cannot be compared, for SSIM needs kornia, which is in ComfyUI's requirements.txt; install those again"
+        ) from error
 
     # Windows that lie inside the picture only; eps is no part of the definition.
     return ssim_map(a, b, WINDOW, max_val=1.0, eps=0.0, padding="valid").mean((1, 2, 3))

@@ -13,7 +13,7 @@ from . import host
 from .finish import finish
 from .pictures import heat, shown
 from .plot import residual_plot
-from .samplers import LIGHTER, RUN_INPUTS
+from .samplers import LIGHTER, RUN_INPUTS, stoppable
 from .types import CATEGORY, MeasurementType, to_image, to_signal
 
 CALLS = {  # network calls; PSLD's also take a gradient through the network
@@ -138,9 +138,11 @@ class Restore(io.ComfyNode):
                 f"negative: not connected, but cfg is {cfg}. Connect a prompt (an empty one will do), or set cfg to 1"
             )
         exact = measurement.to("cpu", torch.float64)
-        finish(fill_unseen(exact), exact)  # a measurement that cannot be met is found out before the sampling, not after
+        finish(
+            fill_unseen(stoppable(exact)), exact
+        )  # a measurement that cannot be met is found out before the sampling, not after
         window, wide = widened(exact, host.latent_ratio(vae))
-        filled = to_image(fill_unseen(wide)).clamp(0, 1)
+        filled = to_image(fill_unseen(stoppable(wide))).clamp(0, 1)
         sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler)
         solve, options = SOLVERS[method]
         run = {"memory": memory, "unique_id": host.node_id(cls)}
@@ -167,8 +169,15 @@ class Restore(io.ComfyNode):
                 )
                 # Photo i of a batch comes out as it would with seed + i alone.
                 number = (seed + i + k * NEXT_SAMPLE) % 2**63
-                latent = host.sample_latents(model, positive, negative or positive, cfg, sampler, sigmas, start, number)
-                image, rms, text = finish(window(to_signal("vae: the decoded picture", vae.decode(latent))), exact.select(i))
+                latent = host.sample_latents(
+                    model, positive, positive if negative is None else negative, cfg, sampler, sigmas, start, number
+                )
+                decoded = vae.decode(latent)
+                if not bool(torch.isfinite(decoded).all()):
+                    raise ValueError(
+                        "vae: the picture it decodes has NaN or infinite values; start ComfyUI with --fp32-vae, or use another VAE"
+                    )
+                image, rms, text = finish(window(to_signal("vae", decoded)), exact.select(i))
                 images.append(image)
                 worst, texts = max(worst, rms), [*texts, text]
         pictures, plot = torch.cat(images), residual_plot(curves, exact.sigma / 2)

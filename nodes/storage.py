@@ -73,7 +73,7 @@ class LoadMeasurement(io.ComfyNode):
         try:
             measurement = load_measurement(path)
         except ValueError as error:
-            raise ValueError(f"file: {error}") from error
+            raise ValueError(f"file: {error}. Choose another file, or save or copy this one again") from error
         if measurement.operator.in_shape[0] != 3:
             raise ValueError(
                 f"file: {path} measures pictures of {measurement.operator.in_shape[0]} channels; the nodes restore those in colour, of 3"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..operators import LinearOperator
 from ..operators.base import Shape
+from ..operators.io import check_full_size
 
 LinearOperatorType = io.Custom("LINEAR_OPERATOR")
 MeasurementType = io.Custom("MEASUREMENT")
@@ -30,6 +31,22 @@ class OperatorRecipe:
     label: str
     bind: Callable[[Shape], LinearOperator]
     full_shape: Callable[[Shape], Shape] = lambda shape: shape
+
+    def on(self, full: Shape, given: Tensor, remedy: str) -> LinearOperator:
+        """The operator for full pictures of shape (C, H, W). Whoever binds a recipe to pictures of the user does it here.
+
+        Args:
+            given: the pictures or photos, (B, c, h, w), that the size follows from.
+            remedy: what to change where it is too large.
+
+        Raises:
+            ValueError: full pictures that no memory can be expected for, or that the operator does not fit.
+        """
+        try:
+            check_full_size("operator", full, given)
+        except ValueError as error:
+            raise ValueError(f"{error}; {remedy}") from error
+        return self.bind(full)
 
     def after(self, first: "OperatorRecipe | None") -> "OperatorRecipe":
         """The recipe for: `first` happened to the picture, and then this."""

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .base import LinearOperator, Shape
+from .base import LinearOperator, PixelwiseGram, Shape
 from .blur import Blur
 from .compose import Product, factors
 from .crop import Crop
@@ -36,21 +36,41 @@ from .stack import Stack
 
 VERSION = "1"
 MAX_SIDE = 16384  # of a picture
-MAX_PIXELS = 2**28
+MAX_VALUES = 2**28  # of a picture or a batch of them; 2 GiB in float64
 MAX_OPERATORS = 64
-MAX_BUILT = 2**27  # numbers of 8 bytes that a file may ask for: a few hundred bytes can declare matrices of gigabytes
+MAX_BUILT = 2**28  # numbers of 8 bytes that a file may ask for: a few hundred bytes can declare matrices of gigabytes
 
 StrPath = str | os.PathLike[str]
+
+
+def check_full_size(name: str, in_shape: Shape, y: Tensor) -> None:
+    """Refuse full pictures that are huge and much larger than their photos: memory for y is no memory for those.
+
+    Args:
+        name: what to call them in the message.
+        in_shape: (C, H, W) of a full picture.
+        y: the photos, one for each picture, the batch first.
+
+    Raises:
+        ValueError: a side of more than 16384, or more values than 2^28 and than four times those of y, the batch together.
+    """
+    (c, h, w), most = in_shape, max(MAX_VALUES, 4 * y.numel())
+    if max(h, w) > MAX_SIDE or len(y) * c * h * w > most:
+        raise ValueError(
+            f"{name}: asks for a full picture of {w} x {h}, {len(y)} in the batch, expected at most {MAX_SIDE} pixels a side, "
+            f"and {most // c / 1e6:.0f} million in all"
+        )
 
 
 def save_operator(path: StrPath, operator: LinearOperator) -> None:
     """Write an operator. Its loaded copy gives bit-identical results on the same machine.
 
     Raises:
-        ValueError: an operator made outside this package (a deepinv adapter, a class of your own), or one made of such.
+        ValueError: an operator made outside this package (a deepinv adapter, a class of your own), one made of such, or one that
+            is larger than `load_operator` takes.
     """
     tensors: dict[str, Tensor] = {}
-    _save(path, "operator", tensors, operator=json.dumps(_describe(operator, "operator", tensors)))
+    _save(path, "operator", tensors, operator=json.dumps(_describe(operator, "operator", tensors, _Budget())))
 
 
 def load_operator(path: StrPath) -> LinearOperator:
@@ -68,8 +88,9 @@ def load_operator(path: StrPath) -> LinearOperator:
 
 def save_measurement(path: StrPath, measurement: Measurement) -> None:
     """Write a measurement: y in its own dtype, operator and sigma ([-1, 1] units). Errors as for `save_operator`."""
+    check_full_size("operator", measurement.operator.in_shape, measurement.y)
     tensors = {"y": measurement.y}
-    description = json.dumps(_describe(measurement.operator, "operator", tensors))
+    description = json.dumps(_describe(measurement.operator, "operator", tensors, _Budget()))
     _save(path, "measurement", tensors, operator=description, sigma=json.dumps(float(measurement.sigma)))
 
 
@@ -80,6 +101,7 @@ def load_measurement(path: StrPath) -> Measurement:
         y = file.tensor("y", "y", (torch.float16, torch.bfloat16, torch.float32, torch.float64), 4)
         sigma = _number("sigma", file.json("sigma"))
         file.finish()
+        check_full_size("operator", operator.in_shape, y)
         return file.build("measurement", lambda: Measurement(y, operator, sigma))
 
 
@@ -127,8 +149,8 @@ def _sizes(count: int, lowest: int = 1, highest: int = MAX_SIDE) -> _Check:
         if not isinstance(value, list) or len(value) != count:
             raise ValueError(f"{name}: got {_short(value)}, expected {count} integers of {lowest} or more")
         sizes = tuple(_integer(name, item, lowest, highest) for item in value)
-        if math.prod(sizes) > MAX_PIXELS:
-            raise ValueError(f"{name}: got {list(sizes)}, expected at most {MAX_PIXELS} values")
+        if math.prod(sizes) > MAX_VALUES:
+            raise ValueError(f"{name}: got {list(sizes)}, expected at most {MAX_VALUES} values")
         return sizes
 
     return check
@@ -142,7 +164,7 @@ class _Record:
         arguments: name -> what it is.
         read: name -> where to read it, for an argument that is not an attribute of the same name.
         build: the class, or what calls it.
-        size: about how many numbers building it makes beside those in the file, from the same arguments.
+        size: at most how many numbers building it makes beside those in the file, from the same arguments.
     """
 
     arguments: dict[str, "_Check | _Array | str"]
@@ -171,10 +193,13 @@ def _blur_size(kernel: Tensor, in_shape: Shape, boundary: str) -> int:
 
 
 def _product_size(outer: LinearOperator, inner: LinearOperator) -> int:
-    """Of the closed forms that may be tried: pixel by pixel, by rows and columns, and the matrix with a dense factor."""
-    shapes = (inner.in_shape, inner.out_shape, outer.out_shape)
-    size = sum(4 * c * h * w + h * h + w * w for c, h, w in shapes)
+    """Of the closed forms that may be tried: pixel by pixel, by frequencies, by rows and columns, or the matrix with a dense factor."""
     chain = factors(outer) + factors(inner)
+    sizes = [operator.in_shape[1:] for operator in chain]
+    size = 8 * max(h * w for h, w in sizes)
+    size += max((h * h + w * w for h, w in sizes if max(h, w) <= MAX_SIDE), default=0)  # not of a stack's long row
+    if sum(isinstance(operator, PixelwiseGram) for operator in chain) > 1:
+        size += 3 * max(operator.batch for operator in chain) * max(math.prod(operator.in_shape) for operator in chain[:-1])
     for i, operator in enumerate(chain):
         if isinstance(operator, Dense):
             rows = max(math.prod(left.out_shape) for left in chain[: i + 1])
@@ -182,8 +207,31 @@ def _product_size(outer: LinearOperator, inner: LinearOperator) -> int:
     return size
 
 
+@dataclass
+class _Budget:
+    """What one file asks for so far."""
+
+    operators: int = 0
+    built: int = 0
+
+    def open(self) -> None:
+        """One operator more."""
+        self.operators += 1
+        if self.operators > MAX_OPERATORS:
+            raise ValueError(f"operator: is made of more than {MAX_OPERATORS} operators; use a file for each part")
+
+    def spend(self, name: str, size: int) -> None:
+        """Numbers that building takes."""
+        self.built += size
+        if self.built > MAX_BUILT:
+            raise ValueError(
+                f"{name}: takes {self.built:.1e} numbers to build, more than the {MAX_BUILT} of 8 bytes that a file may ask for; "
+                "use a smaller picture or fewer operators"
+            )
+
+
 _SHAPE = _sizes(3)
-_FLAT = _sizes(3, highest=MAX_PIXELS)  # also of a stack's measurements, one long row
+_FLAT = _sizes(3, highest=MAX_VALUES)  # also of a stack's measurements, one long row
 _RESAMPLING = {"in_shape": _SHAPE, "out_size": _sizes(2), "boundary": _text}
 
 # A new operator is one line here.
@@ -212,26 +260,32 @@ _CLASSES = {cls.__name__: record for cls, record in _RECORDS.items()}
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-def _describe(operator: LinearOperator, name: str, tensors: dict[str, Tensor]) -> dict[str, object]:
-    """The description of an operator; its tensors are added to `tensors` under names that start with `name`."""
+def _describe(operator: LinearOperator, name: str, tensors: dict[str, Tensor], budget: _Budget) -> dict[str, object]:
+    """The description of an operator; its tensors are added to `tensors` under names that start with `name`.
+
+    What could not be loaded is refused, by the checks of loading.
+    """
     record = _RECORDS.get(type(operator))
     if record is None:
         raise ValueError(
             f"operator: {type(operator).__name__} cannot be saved, only {', '.join(_CLASSES)} and what is made of them"
         )
+    budget.open()
     arguments: dict[str, object] = {}
+    values = {key: record.read[key](operator) if key in record.read else getattr(operator, key) for key in record.arguments}
     for key, kind in record.arguments.items():
-        value = record.read[key](operator) if key in record.read else getattr(operator, key)
-        path = f"{name}.{key}"
+        value, path = values[key], f"{name}.{key}"
         if isinstance(kind, _Array):
             tensors[path] = value.to(kind.dtype)
             arguments[key] = {"tensor": path}
         elif kind is _OPERATOR:
-            arguments[key] = _describe(value, path, tensors)
+            arguments[key] = _describe(value, path, tensors, budget)
         elif kind is _OPERATORS:
-            arguments[key] = [_describe(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
+            arguments[key] = [_describe(item, f"{path}.{i}", tensors, budget) for i, item in enumerate(value)]
         else:
             arguments[key] = value
+            kind(path, list(value) if isinstance(value, tuple) else value)
+    budget.spend(f"{name} ({type(operator).__name__})", record.size(**values))
     return {"class": type(operator).__name__, "arguments": arguments}
 
 
@@ -256,8 +310,7 @@ class _Reader:
     def __init__(self, path: StrPath, kind: str) -> None:
         self._path, self._kind = os.fspath(path), kind
         self._used: set[str] = set()
-        self._operators = 0
-        self._built = 0
+        self._budget = _Budget()
 
     def __enter__(self) -> "_Reader":
         if not os.path.isfile(self._path):
@@ -299,9 +352,11 @@ class _Reader:
         """The tensor stored under `key`, for the argument `name`."""
         if key not in self._names:
             raise self._error(f"{name}: has no tensor {_short(key)}")
+        if key in self._used:  # or a small file could fill the memory with copies
+            raise self._error(f"{name}: its tensor {_short(key)} is that of another argument")
         try:
             tensor = self._file.get_tensor(key)
-        except (SafetensorError, OSError, RuntimeError) as error:
+        except (SafetensorError, OSError) as error:
             raise self._error(f"{name}: its tensor cannot be read ({error})") from error
         if tensor.dtype not in dtypes or tensor.ndim != ndim:
             expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -311,10 +366,10 @@ class _Reader:
         return tensor.clone()  # not a view of the file, which may be written again
 
     def build(self, name: str, make: Callable[[], object]) -> object:
-        """What `make` makes, any failure of it being the file's."""
+        """What `make` makes. Only what it refuses is the file's fault: not that the memory is used up."""
         try:
             return make()
-        except Exception as error:
+        except ValueError as error:
             raise self._error(f"{name}: {error}") from error
 
     def finish(self) -> None:
@@ -323,9 +378,7 @@ class _Reader:
             raise self._error(f"has tensors that its description does not use: {_short(unused)}")
 
     def _operator(self, name: str, description: object) -> LinearOperator:
-        self._operators += 1
-        if self._operators > MAX_OPERATORS:
-            raise self._error(f"it is made of more than {MAX_OPERATORS} operators")
+        self._budget.open()
         if not isinstance(description, dict) or set(description) != {"class", "arguments"}:
             raise self._error(f'{name}: got {_short(description)}, expected {{"class": ..., "arguments": ...}}')
         cls, given = description["class"], description["arguments"]
@@ -336,11 +389,7 @@ class _Reader:
             got = sorted(given) if isinstance(given, dict) else given
             raise self._error(f"{name}: {cls} has the arguments {_short(got)}, expected {sorted(record.arguments)}")
         arguments = {key: self._argument(f"{name}.{key}", kind, given[key]) for key, kind in record.arguments.items()}
-        self._built += record.size(**arguments)
-        if self._built > MAX_BUILT:
-            raise self._error(
-                f"{name} ({cls}): takes {self._built:.1e} numbers to build, more than the {MAX_BUILT} of 8 bytes allowed"
-            )
+        self._budget.spend(f"{name} ({cls})", record.size(**arguments))
         return self.build(f"{name} ({cls})", lambda: record.build(**arguments))
 
     def _argument(self, name: str, kind: "_Check | _Array | str", value: object) -> object:

@@ -22,7 +22,7 @@ notices. ComfyUI is imported inside functions: a renamed internal then fails one
 
 from .codec import Codec, check_sizes, check_vae, latent_ratio, latent_size
 from .demo_models import null_clip, picture_vae, slim_sd15
-from .faults import stop_when_interrupted
+from .faults import naming_lack_of_memory, stop_when_interrupted
 from .gradients import differentiable_options, gradients, normal_tensors, normal_weights
 from .internals import naming_what_is_missing, without
 from .loading import resident, static_patcher
@@ -45,6 +45,7 @@ __all__ = [
     "gradients",
     "latent_ratio",
     "latent_size",
+    "naming_lack_of_memory",
     "naming_what_is_missing",
     "node_id",
     "normal_tensors",

@@ -44,7 +44,7 @@ class Codec:
 
 
 def check_vae(vae: Any, latent_format: Any = None) -> None:
-    """Refuse a VAE that is missing, is not a picture VAE in [-1, 1], or belongs to another model family."""
+    """Refuse a VAE that is missing, is not a picture VAE in [-1, 1], or has other channels than the model."""
     if getattr(vae, "first_stage_model", None) is None:
         raise ValueError("vae: there is no VAE in it; the checkpoint carries none. Load one with Load VAE")
     ratio = getattr(vae, "upscale_ratio", None)
@@ -58,7 +58,7 @@ def check_vae(vae: Any, latent_format: Any = None) -> None:
     if latent_format is not None and vae.latent_channels != latent_format.latent_channels:
         raise ValueError(
             f"vae: its latents have {vae.latent_channels} channels, the model's have {latent_format.latent_channels}; "
-            "use the VAE that belongs to this model"
+            "connect the VAE that belongs to this model to the PSLD Sampler, C-PiGDM Sampler or Restore node"
         )
 
 

@@ -1,5 +1,7 @@
 """A run that ends on its way: cancelled, also in a backward pass or a solve, or with NaN from a network."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from ...operators import LinearOperator
 from .internals import without
+from .memory import out_of_memory
 from .readout import throw_if_interrupted
 
 
@@ -18,6 +21,21 @@ def check_finite(tensor: Tensor, message: str) -> None:
     """Raise NotFinite with this message."""
     if not bool(torch.isfinite(tensor).all()):
         raise NotFinite(message)
+
+
+@contextlib.contextmanager
+def naming_lack_of_memory() -> Iterator[None]:
+    """Inside, a lack of main memory is an error in words. Of a lack on a device ComfyUI says itself what helps, and unloads models.
+
+    Raises:
+        MemoryError: PyTorch or Python could not allocate.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError) or not out_of_memory(error):
+            raise
+        raise MemoryError(f"main memory is full ({error}); smaller or fewer pictures need less") from error
 
 
 def stoppable_backward() -> torch.autograd.graph.saved_tensors_hooks:
@@ -55,8 +73,9 @@ def stop_when_interrupted(operator: LinearOperator) -> None:
 class Course:
     """How far a run has come: what is left of it when it ends in NaN."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, sigmas: Tensor) -> None:
+        self.sigmas = sigmas.tolist()
+        self.steps = len(self.sigmas) - 1
         self.begin()
 
     def begin(self) -> None:
@@ -69,8 +88,9 @@ class Course:
         self.done, self.denoised = step["i"] + 1, step["denoised"]
 
     def ended(self, error: NotFinite, codec: Any) -> NotFinite:
-        """The error with the step it happened in; the last good estimate of the picture is saved."""
-        where = f"step {min(self.done + 1, self.steps)} of {self.steps}: {error}"
+        """The error with the step it happened in and its sigma; the last good estimate of the picture is saved."""
+        step = min(self.done, self.steps - 1)
+        where = f"step {step + 1} of {self.steps}, sigma {self.sigmas[step]:.3g}: {error}"
         if self.denoised is None:
             return NotFinite(f"{where}. No step was finished, so that there is nothing to save")
         return NotFinite(f"{where}. {self._save(codec)}")
@@ -85,6 +105,6 @@ class Course:
                 saved = ui.ImageSaveHelper.save_images(picture, "posterior_unfinished", io.FolderType.output, None)
                 names = ", ".join(entry["filename"] for entry in saved)
                 return f"The last good estimate, of step {self.done}, is saved in ComfyUI's output folder as {names}"
-        except (NotFinite, OSError) as second:
+        except (RuntimeError, MemoryError, OSError) as second:  # NaN here too, no memory, no room on the disk
             return f"The last good estimate could not be saved ({second})"
         return "The last good estimate could not be saved"

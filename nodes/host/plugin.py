@@ -110,7 +110,7 @@ def run_on_host(
         codec = None
         if loaded.vae is not None:
             codec = Codec(loaded.vae, guider.inner_model.latent_format, vae.device, vae.vae_dtype)
-        denoise, course = denoiser(model, state), Course(len(sigmas) - 1)
+        denoise, course = denoiser(model, state), Course(sigmas_k)
 
         def run(codec: Codec | None, options: dict[str, Any]) -> Tensor:
             course.begin()
@@ -195,7 +195,7 @@ def run_in_memory(
 
 
 def _too_large(need: Estimate | None, size: tuple[int, int], free: float, error: Exception) -> str:
-    text = f"out of memory even in mode {MODES[-1]} ({error})."
+    text = f"memory: out of memory even in mode {MODES[-1]} ({error})."
     if need is None:
         return f"{text} A smaller picture or batch needs less"
     required = f"{need.activations(MODES[-1]) / GIB:.1f} GB beside {need.weights / GIB:.1f} GB of weights"
@@ -225,18 +225,13 @@ def denoiser(model: Any, state: State) -> Callable[..., Tensor]:
 
     def denoise(x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         check_finite(
-            x,
-            f"the guidance of the step before sigma {float(sigma[0]):.4g} made NaN or infinite values; lower omega or w, or try "
-            "another precision",
+            x, "the guidance of the step before made NaN or infinite values; lower omega or w, or try another precision"
         )
         x_host = state.from_k(x, sigma.reshape(-1, 1, 1, 1))
         denoised = model(x_host, state.sigma_from_k(sigma), **extra_args)
         if x.requires_grad and torch.is_grad_enabled() and not denoised.requires_grad:
             raise ValueError("model: its output has no gradient, for a patch or wrapper on it computes without one; remove it")
-        check_finite(
-            denoised,
-            f"the model returned NaN or infinite values at sigma {float(sigma[0]):.4g}; try a lower cfg or another precision",
-        )
+        check_finite(denoised, "the model returned NaN or infinite values; try a lower cfg or another precision")
         return denoised
 
     return denoise

@@ -54,13 +54,18 @@ def refuse_unsupported(guider: Any, x: Tensor, model_options: dict[str, Any], ne
 
 
 def check_prompts(guider: Any) -> None:
-    """Refuse a prompt that another family's text encoder has encoded, as far as the model's configuration tells its own."""
+    """Refuse a prompt with NaN, or of another family's text encoder, as far as the model's configuration tells its own."""
     config = guider.inner_model.model_config.unet_config
     embedder = (config.get("context_embedder_config") or {}).get("params", {})
     width = config.get("context_dim") or embedder.get("in_features")
     for kind, group in guider.conds.items():
         for cond in group:
-            text = getattr(cond.get("model_conds", {}).get("c_crossattn"), "cond", None)
+            conds = {name: getattr(part, "cond", None) for name, part in cond.get("model_conds", {}).items()}
+            if not all(bool(torch.isfinite(part).all()) for part in conds.values() if isinstance(part, Tensor)):
+                raise ValueError(
+                    f"{kind}: has NaN or infinite values; the node that encoded the prompt, or its CLIP, went wrong"
+                )
+            text = conds.get("c_crossattn")
             if isinstance(width, int) and isinstance(text, Tensor) and text.shape[-1] != width:
                 raise ValueError(
                     f"{kind}: the prompt was encoded for another family of models: its vectors have {text.shape[-1]} numbers, this "

@@ -49,7 +49,10 @@ NODES = [
 
 @pytest.fixture(scope="module")
 def surface(pack: ModuleType, hosts: Callable, load: Callable, tiny: Callable) -> Surface:
-    return Surface(pack, prepared(hosts, load, tiny))
+    surface = Surface(pack, prepared(hosts, load, tiny))
+    for name in ("batch", "grey"):  # for Load Measurement to find
+        all_nodes(pack)["PosteriorSaveMeasurement"].execute(surface.value("MEASUREMENT", name), f"surface/{name}")
+    return surface
 
 
 def all_nodes(pack: ModuleType) -> dict[str, Any]:
@@ -72,7 +75,7 @@ def test_right_or_an_error_that_names_the_input(
     node = all_nodes(surface.pack)[name]
     specs = node.define_schema().inputs
     messages: dict[str, int] = {}
-    cases: list[None] = []
+    cases: list[bool] = []  # whether it came out
 
     @settings(
         max_examples=count(*SLOW.get(name, (25, 130))),
@@ -85,7 +88,6 @@ def test_right_or_an_error_that_names_the_input(
     @given(st.data())
     def run(data: st.DataObject) -> None:
         drawn = data.draw(surface.inputs(node), "inputs")
-        cases.append(None)
         arguments = realised(surface, drawn)
         before = {key: value.clone() for key, value in arguments.items() if isinstance(value, Tensor)}
         with torch.inference_mode():
@@ -97,13 +99,17 @@ def test_right_or_an_error_that_names_the_input(
                 assert len(message) < 700
                 summary = re.sub(r"-?\d[\d.e+-]*", "#", message)
                 messages[summary] = messages.get(summary, 0) + 1
+                cases.append(False)
                 return
             check_outputs(node, arguments, outputs)
+        cases.append(True)
         for key, value in before.items():  # other nodes hold it too
             assert torch.equal(arguments[key].nan_to_num(), value.nan_to_num()), key
 
     run()
     ran(len(cases))
+    note(f"{sum(cases)} of {len(cases)} came out")
+    print(sum(cases), len(cases), messages)
     for message, number in sorted(messages.items(), key=lambda item: -item[1]):
         note(f"{number} x {message}")
 
@@ -159,6 +165,11 @@ SIZES: dict[str, Callable[[dict[str, Any], tuple[Any, ...]], list[tuple[Any, Any
         (out[0].y.shape[:1], given["photo"].shape[:1]),
         (out[1].shape[1:3], given["photo"].shape[1:3]),
         (out[2].shape[1:], out[0].operator.in_shape[1:]),
+        (out[0].operator.in_shape[1:], restored_size(given["operator"].label, given["photo"].shape[1:3])),
+    ],
+    "PosteriorLoadMeasurement": lambda given, out: [
+        (out[1].shape[:3], (len(out[0].y), *out[0].y.shape[2:])),
+        (out[2].shape[1:], out[0].operator.in_shape[1:]),
     ],
     "PosteriorCombineMeasurements": lambda given, out: [(out[0].operator.in_shape, given["first"].operator.in_shape)],
     "PosteriorFinish": lambda given, out: [(out[0].shape[:3], given["image"].shape[:3])],
@@ -166,12 +177,37 @@ SIZES: dict[str, Callable[[dict[str, Any], tuple[Any, ...]], list[tuple[Any, Any
         (out[0].shape[1:3], given["measurement"].operator.in_shape[1:]),
         (out[0].shape[:1], (len(given["measurement"].y) * given.get("samples", 1),)),
     ],
-    "PosteriorUncertainty": lambda given, out: [(v.shape[1:3], given["samples"].shape[1:3]) for v in out],
-    "PosteriorStartLatent": lambda given, out: [
-        ([8 * n for n in out[0]["samples"].shape[2:]], given["measurement"].operator.in_shape[1:])
+    "PosteriorUncertainty": lambda given, out: [
+        (v.shape[:3], (len(given["samples"]) // (given.get("per_photo") or len(given["samples"])), *given["samples"].shape[1:3]))
+        for v in out
     ],
-    "PosteriorEstimateStripes": lambda given, out: [(out[0].shape[1:], given["photo"].shape[1:3])],
+    "PosteriorStartLatent": lambda given, out: [
+        ([8 * n for n in out[0]["samples"].shape[2:]], given["measurement"].operator.in_shape[1:]),
+        (out[0]["samples"].shape[:2], (len(given["measurement"].y), 4)),
+    ],
+    "PosteriorEstimateStripes": lambda given, out: [(out[0].shape, given["photo"].shape[:3])],
+    "PosteriorCompare": lambda given, out: [(out[0].shape[:3], three_beside(given["image"].shape[:3]))],
+    "PosteriorConsistency": lambda given, out: [
+        (out[0].shape[:3], three_beside((len(given["image"]), *enlarged(given["measurement"].y.shape[2:]))))
+    ],
 }
+
+
+def restored_size(label: str, photo: Any) -> tuple[int, ...]:
+    """Of the picture that a photo was made of; `label` is of a recipe of the surface."""
+    factor = {"area": 2, "bicubic": 1.5}.get(label, 1)
+    return tuple(int(factor * n) for n in photo)
+
+
+def enlarged(size: Any) -> tuple[int, ...]:
+    """Of a photo in Consistency's picture: a low one is shown about 128 pixels high."""
+    return tuple(n * max(1, 128 // size[0]) for n in size)
+
+
+def three_beside(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Batch, height and width of three pictures side by side, 4 pixels apart."""
+    batch, height, width = shape
+    return batch, height, 3 * width + 8
 
 
 @st.composite
@@ -179,20 +215,20 @@ def any_run(draw: st.DrawFn, surface: Surface) -> dict[str, Any]:
     """A whole sampling run: model, VAE, measurement, latent and settings, mostly of one kind."""
     shapes = [(1, 4, 2, 3), (1, 4, 2, 2), (2, 4, 2, 2), (1, 4, 3, 3), (1, 16, 2, 2), (1, 4, 2, 2, 2), (3, 4, 2, 3)]
     return {
-        "model": draw(st.sampled_from(["sd15", "sd15", "sd15", "sd3"])),
-        "vae": draw(st.sampled_from(["sd15", "sd15", "sd15", "sd3", "none", "not in the file", "video"])),
+        "model": draw(st.sampled_from([*["sd15"] * 6, "bad sd3"])),
+        "vae": draw(st.sampled_from([*["sd15"] * 6, "bad sd3", "bad none", "bad not in the file", "bad video"])),
         "measurement": draw(st.sampled_from(["area", "batch", "grey", "noise", "blur", "odd"])),
         "latent": draw(st.sampled_from(shapes)),
         "content": draw(st.sampled_from(["0", "random", "random", "NaN"])),
         "method": draw(st.sampled_from(["sample_psld", "sample_cpigdm"])),
         "steps": draw(st.integers(1, 2)),
-        "prompt": draw(st.sampled_from(["sd15", "sd15", "sd3"])),
+        "prompt": draw(st.sampled_from([*["sd15"] * 6, "bad sd3", "bad NaN"])),
         "check_gradients": draw(st.booleans()),
     }
 
 
 def test_whole_runs_come_out_right_or_name_what_does_not_fit(
-    surface: Surface, count: Callable[[int, int], int], note: Callable[[str], None]
+    surface: Surface, count: Callable[[int, int], int], ran: Callable[[int], None], note: Callable[[str], None]
 ) -> None:
     """As SamplerCustomAdvanced runs them. The next run after any of them gives what it always gave."""
     host, samplers = surface.pack.nodes.host, surface.pack.samplers
@@ -209,13 +245,14 @@ def test_whole_runs_come_out_right_or_name_what_does_not_fit(
             network_gradient=through_network,
             **({"rule": "line_search", "gamma": 0.0} if through_network else {}),
         )
-        h = Host(surface.pack, given["model"], surface.value("MODEL", given["model"]), vae)
+        h = Host(surface.pack, given["model"].removeprefix("bad "), surface.value("MODEL", given["model"]), vae)
         guider = h.guider(1.0, surface.value("CONDITIONING", given["prompt"]), surface.value("CONDITIONING", given["prompt"]))
         return h.sample(sampler, guider, given["steps"], Picture(given["latent"], given["content"]).tensor())
 
     good = {"model": "sd15", "vae": "sd15", "measurement": "area", "latent": (1, 4, 2, 3), "content": "random"}
     good |= {"method": "sample_psld", "steps": 1, "prompt": "sd15", "check_gradients": False}
     expected = sample(good)
+    cases: list[bool] = []  # whether it came out
 
     @settings(
         max_examples=count(25, 200),
@@ -234,7 +271,10 @@ def test_whole_runs_come_out_right_or_name_what_does_not_fit(
         else:
             assert tuple(result.shape) == drawn["latent"]
             assert result.isfinite().all()
+            cases.append(True)
             return
+        cases.append(False)
+        assert torch.equal(sample(good), expected)
         assert names_an_input(
             message, {"latent", "latent_image", "measurement", "vae", "positive", "model", "check_gradients"}
         ), message
@@ -242,6 +282,8 @@ def test_whole_runs_come_out_right_or_name_what_does_not_fit(
         messages[summary] = messages.get(summary, 0) + 1
 
     run()
-    assert torch.equal(sample(good), expected)
+    ran(len(cases))
+    note(f"{sum(cases)} of {len(cases)} came out")
+    print(sum(cases), len(cases))
     for message, number in sorted(messages.items(), key=lambda item: -item[1]):
         note(f"{number} x {message}")

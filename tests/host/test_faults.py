@@ -1,14 +1,17 @@
 """Cancelled at any stage, out of memory at any stage, NaN at any stage: a message, and everything as it was."""
 
+import contextlib
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.host_runs import Host, Scarce, layer_of
-from support.tiny_checkpoints import write_lora
+from support.tiny_checkpoints import conditioning, write_lora
 from torch import Tensor, nn
 
 METHODS = {
@@ -19,22 +22,26 @@ METHODS = {
 STEPS = 2
 
 
-def sampler(h: Host, method: str, memory: str = "fastest") -> Any:
+def sampler(h: Host, method: str, memory: str = "fastest", measurement: Any = None) -> Any:
     name, options, through_network = METHODS[method]
-    solve = getattr(h.pack.samplers, name)
+    solve, photo = getattr(h.pack.samplers, name), h.measurement() if measurement is None else measurement
     return h.pack.nodes.host.stock_sampler(
-        solve, h.measurement(), h.vae, memory, network_gradient=through_network, unique_id=None, **options
+        solve, photo, h.vae, memory, network_gradient=through_network, unique_id=None, **options
     )
 
 
-def run(h: Host, method: str, memory: str = "fastest", **options: Any) -> Tensor:
-    return h.sample(sampler(h, method, memory), steps=STEPS, **options)
+def run(h: Host, method: str, memory: str = "fastest", measurement: Any = None, steps: int = STEPS, **options: Any) -> Tensor:
+    return h.sample(sampler(h, method, memory, measurement), steps=steps, **options)
+
+
+def networks(h: Host) -> list[nn.Module]:
+    return [h.model.model, *([] if h.vae is None else [h.vae.first_stage_model])]
 
 
 def leftovers(h: Host) -> list[str]:
     """What a run could leave on a model: hooks, other forwards, options, gradients."""
     found = [f"{option}" for option in ("optimized_attention_override",) if option in str(h.model.model_options)]
-    for network in (h.model.model, h.vae.first_stage_model):
+    for network in networks(h):
         for name, module in network.named_modules():
             hooks = [key for key, value in vars(module).items() if key.endswith("_hooks") and value]
             found += [f"{name}.{key}" for key in hooks] + ([f"{name}.forward"] if "forward" in vars(module) else [])
@@ -42,16 +49,20 @@ def leftovers(h: Host) -> list[str]:
     return found
 
 
-@pytest.fixture
-def h(hosts: Callable[..., Host]) -> Iterator[Host]:
-    """A model whose weights are the same to the bit afterwards, on which nothing is left."""
-    h = hosts("sd15")
-    networks = (h.model.model, h.vae.first_stage_model)
-    before = [{name: weight.detach().clone() for name, weight in network.named_parameters()} for network in networks]
+@contextlib.contextmanager
+def unharmed(h: Host) -> Iterator[Host]:
+    """Afterwards the weights are the same to the bit, and nothing is left on the networks."""
+    before = [{name: weight.detach().clone() for name, weight in network.named_parameters()} for network in networks(h)]
     yield h
-    for network, weights in zip(networks, before, strict=True):
+    for network, weights in zip(networks(h), before, strict=True):
         assert all(torch.equal(weight, weights[name]) for name, weight in network.named_parameters())
     assert leftovers(h) == []
+
+
+@pytest.fixture
+def h(hosts: Callable[..., Host]) -> Iterator[Host]:
+    with unharmed(hosts("sd15")) as host:
+        yield host
 
 
 # Cancelled --------------------------------------------------------------------------------------------------------------
@@ -61,8 +72,8 @@ class Cancelled:
     """Cancels at one call of one layer, on the way forward or back, and counts the layers that still run after that."""
 
     def __init__(self, h: Host, layer: nn.Module, call: int, back: bool = False) -> None:
-        networks = (h.model.model, h.vae.first_stage_model)
-        self.leaves = [m for network in networks for m in network.modules() if not list(m.children()) and list(m.parameters())]
+        every = [module for network in networks(h) for module in network.modules()]
+        self.leaves = [module for module in every if not list(module.children()) and list(module.parameters())]
         self.layer, self.call, self.back = layer, call, back
         self.calls, self.after, self.asked = 0, 0, False
 
@@ -93,32 +104,44 @@ class Cancelled:
                 self.asked = True
 
 
+def middle(h: Host, where: str) -> nn.Module:
+    """A layer inside, so that others follow on the way forward and back."""
+    if where == "network":
+        return h.model.model.diffusion_model.output_blocks[0][0].in_layers[2]
+    vae = h.vae.first_stage_model
+    return {"decode": vae.taesd_decoder, "encode": vae.taesd_encoder}[where][5].conv[2]
+
+
 @pytest.mark.parametrize(
-    ("method", "where", "call", "back"),
+    ("method", "where", "call", "back", "memory"),
     [
-        ("PSLD, line search", "network", 1, False),
-        ("PSLD, line search", "network", 1, True),
-        ("PSLD, line search", "decode", 1, True),
-        ("PSLD, line search", "decode", 2, False),
-        ("PSLD, paper", "encode", 1, False),
-        ("PSLD, paper", "encode", 1, True),
-        ("C-PiGDM", "network", 2, False),
-        ("C-PiGDM", "decode", 3, False),
-        ("C-PiGDM", "decode", 1, True),
+        ("PSLD, line search", "network", 1, False, "lowest"),
+        ("PSLD, line search", "network", 1, True, "fastest"),
+        ("PSLD, line search", "network", 2, True, "balanced"),
+        ("PSLD, line search", "decode", 1, True, "lowest"),
+        ("PSLD, line search", "decode", 2, False, "balanced"),
+        ("PSLD, paper", "encode", 1, False, "fastest"),
+        ("PSLD, paper", "encode", 1, True, "balanced"),
+        ("C-PiGDM", "network", 2, False, "fastest"),
+        ("C-PiGDM", "decode", 3, False, "lowest"),
+        ("C-PiGDM", "decode", 1, True, "fastest"),
     ],
 )
-def test_cancelled_at_any_stage_within_a_layer(method: str, where: str, call: int, back: bool, h: Host) -> None:
+def test_cancelled_at_any_stage_within_a_layer(
+    method: str, where: str, call: int, back: bool, memory: str, h: Host, count: Callable[[int, int], int]
+) -> None:
+    """Going back through what was computed again it is within a block, for PyTorch has one place for hooks there."""
     import comfy.model_management as mm
 
-    expected = run(h, method)
-    middle = {"network": h.model.model.diffusion_model.output_blocks[0][0].in_layers[2]}
-    vae = h.vae.first_stage_model
-    middle |= {"decode": vae.taesd_decoder[5].conv[2], "encode": vae.taesd_encoder[5].conv[2]}
-    with Cancelled(h, middle[where], call, back) as cancelled, pytest.raises(mm.InterruptProcessingException):
-        run(h, method)
-    assert cancelled.asked
-    assert cancelled.after <= 1
-    assert torch.equal(run(h, method), expected)  # the next prompt
+    modes = h.pack.nodes.host.MODES
+    for mode in [memory, *(other for other in modes if other != memory)][: count(1, len(modes))]:
+        expected = run(h, method, mode)
+        with Cancelled(h, middle(h, where), call, back) as cancelled, pytest.raises(mm.InterruptProcessingException):
+            run(h, method, mode)
+        assert cancelled.asked
+        block = 6 if where == "network" else 3  # layers in one
+        assert cancelled.after <= (block if back and mode != "fastest" else 1)
+        assert torch.equal(run(h, method, mode), expected)  # the next prompt
 
 
 def test_interrupt_within_a_solve_of_the_operator(h: Host) -> None:
@@ -195,7 +218,148 @@ def test_out_of_memory_at_any_stage_falls_back(
     assert torch.equal(run(h, method), expected)
 
 
-def test_a_lora_is_unpatched_after_out_of_memory(h: Host, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "where"), [("PSLD, line search", "network"), ("PSLD, paper", "encode"), ("C-PiGDM", "decode")]
+)
+def test_out_of_memory_in_a_backward_pass_falls_back(
+    method: str, where: str, h: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = run(h, method)
+    with Scarce(middle(h, where), {1}, back=True) as scarce:
+        result = run(h, method)
+    assert scarce.calls > 1
+    assert "out of memory in mode fastest; started again in mode balanced" in caplog.text
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert torch.equal(run(h, method), expected)
+
+
+class ScarceOperator:
+    """PyTorch's error for main memory, from an operator at one of its calls."""
+
+    def __init__(self, operator: type, failing: int) -> None:
+        self.operator, self.failing, self.calls = operator, failing, 0
+
+    def __enter__(self) -> "ScarceOperator":
+        forward = self.forward = self.operator._forward
+
+        def scarce(operator: Any, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls == self.failing:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+            return forward(operator, x)
+
+        self.operator._forward = scarce
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.operator._forward = self.forward
+
+
+@pytest.mark.parametrize(("method", "failing"), [("PSLD, line search", 2), ("C-PiGDM", 5)])
+def test_out_of_memory_in_an_inner_step_falls_back(
+    method: str, failing: int, h: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = run(h, method)
+    with ScarceOperator(h.pack.operators.AreaDownscale, failing) as scarce:
+        result = run(h, method)
+    assert scarce.calls > failing
+    assert "out of memory in mode fastest; started again in mode balanced" in caplog.text
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_out_of_memory_while_models_are_loaded(h: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI unloads all models on this error, and says what helps."""
+    import comfy.model_management as mm
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    expected = run(h, "C-PiGDM")
+    with monkeypatch.context() as patch:
+        patch.setattr(mm, "load_models_gpu", full)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            run(h, "C-PiGDM")
+    assert torch.equal(run(h, "C-PiGDM"), expected)
+
+
+def test_out_of_memory_in_finish_says_what_helps(h: Host) -> None:
+    measurement, image = h.measurement(), torch.full((1, 64, 64, 3), 0.4)
+    finish = h.pack.nodes.finish.Finish.execute
+    expected = finish(image, measurement, 0.05).args[0]
+    with (
+        ScarceOperator(h.pack.operators.AreaDownscale, 2),
+        pytest.raises(MemoryError, match=r"main memory is full .*DefaultCPUAllocator.*smaller or fewer pictures"),
+    ):
+        finish(image, measurement, 0.05)
+    assert torch.equal(finish(image, measurement, 0.05).args[0], expected)
+
+
+# Inside Restore ---------------------------------------------------------------------------------------------------------
+
+
+def restore(h: Host) -> Tensor:
+    with torch.inference_mode():
+        given = (h.model, h.vae, conditioning("sd15", 1), h.measurement(), "C-PiGDM", "fast", 0, 1.0)
+        return h.pack.nodes.restore.Restore.execute(*given, memory="fastest").args[0]
+
+
+def calls(h: Host, layer: nn.Module) -> int:
+    with Scarce(layer, set()) as passed:
+        restore(h)
+    return passed.calls
+
+
+@pytest.mark.parametrize("where", ["encode", "decode"])
+def test_restore_when_the_hosts_own_vae_calls_are_cancelled_or_out_of_memory(
+    where: str, h: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those before the sampling and after it. ComfyUI's own way out of memory is to work in tiles."""
+    import comfy.model_management as mm
+
+    expected, layer = restore(h), middle(h, where)
+    number = calls(h, layer)  # the last one; encode has one only
+    with Cancelled(h, layer, number) as cancelled, pytest.raises(mm.InterruptProcessingException):
+        restore(h)
+    assert cancelled.after <= 1
+    with Scarce(layer, {number}) as scarce:
+        result = restore(h)
+    assert scarce.calls > number
+    assert "tiled" in caplog.text
+    y = (h.measurement().y.double() + 1) / 2
+    for image in (result, expected):
+        blocks = torch.nn.functional.avg_pool2d(image.movedim(-1, 1).double(), 8)
+        assert float((blocks - y).abs().max()) < 1e-4
+    assert torch.equal(restore(h), expected)
+
+
+def test_restore_is_cancelled_in_its_last_application_of_the_operator(h: Host) -> None:
+    import comfy.model_management as mm
+
+    faults, asked, limit = h.pack.nodes.host.faults, [], 10**9
+    look = faults.throw_if_interrupted
+
+    def asks() -> None:
+        asked.append(1)
+        if len(asked) == limit:
+            mm.interrupt_current_processing()
+        look()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faults, "throw_if_interrupted", asks)
+        expected = restore(h)
+        limit = len(asked)
+        asked.clear()
+        with pytest.raises(mm.InterruptProcessingException):
+            restore(h)
+    assert len(asked) == limit
+    assert torch.equal(restore(h), expected)
+
+
+# A LoRA -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["out of memory", "NaN", "cancelled"])
+def test_a_lora_is_unpatched_after(fault: str, h: Host, tmp_path: Path) -> None:
     """The patched weights are those of the LoRA while the error passes, and the model's own after the host unloads it."""
     import comfy.model_management as mm
     import comfy.sd
@@ -205,14 +369,20 @@ def test_a_lora_is_unpatched_after_out_of_memory(h: Host, tmp_path: Path) -> Non
     with torch.inference_mode():
         model, _ = comfy.sd.load_lora_for_models(h.model, None, lora, 1.0, 0.0)
     patched = Host(h.pack, "sd15", model, h.vae)
-    plain, expected = run(h, "C-PiGDM"), run(patched, "C-PiGDM")
+    plain, expected = run(h, "PSLD, line search"), run(patched, "PSLD, line search")
     assert not torch.equal(plain, expected)
-    everywhere = Scarce(layer_of(h, "decode"), set(range(1, 100)))
-    with everywhere, pytest.raises(torch.cuda.OutOfMemoryError, match=r"even in mode lowest.*To make it fit"):
-        run(patched, "C-PiGDM")
-    assert torch.equal(run(patched, "C-PiGDM"), expected)
+    faults = {
+        "out of memory": (Scarce(layer_of(h, "decode"), set(range(1, 100))), r"even in mode lowest.*To make it fit"),
+        "NaN": (Spoilt(layer_of(h, "network"), {2}), "step 2 of 2"),
+        "cancelled": (Cancelled(h, middle(h, "network"), 1, back=True), ""),
+    }
+    kinds = (torch.cuda.OutOfMemoryError, h.pack.nodes.host.faults.NotFinite, mm.InterruptProcessingException)
+    spoilt, words = faults[fault]
+    with spoilt, pytest.raises(dict(zip(faults, kinds, strict=True))[fault], match=words):
+        run(patched, "PSLD, line search")
+    assert torch.equal(run(patched, "PSLD, line search"), expected)
     mm.unload_all_models()
-    assert torch.equal(run(h, "C-PiGDM"), plain)
+    assert torch.equal(run(h, "PSLD, line search"), plain)
 
 
 # NaN --------------------------------------------------------------------------------------------------------------------
@@ -236,29 +406,64 @@ def unfinished() -> set[Path]:
     return set(Path(folder_paths.get_output_directory()).glob("posterior_unfinished*.png"))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_nan_from_the_model_names_step_and_sigma_and_saves_what_there_is(method: str, h: Host) -> None:
+def eight_bits(h: Host, denoised: Tensor) -> np.ndarray:
+    """The picture of what a callback was given, through the host's own VAE node."""
+    if h.vae is None:
+        image = (denoised.movedim(1, -1) + 1) / 2
+    else:
+        with torch.inference_mode():
+            image = h.vae.decode(h.model.model.latent_format.process_out(denoised))
+    return (image.clamp(0, 1) * 255).numpy()
+
+
+@pytest.mark.parametrize(
+    ("method", "arch", "batch", "pixels"),
+    [
+        *((method, "sd15", 1, False) for method in METHODS),
+        ("PSLD, line search", "sd15", 2, False),
+        ("C-PiGDM", "sd15", 1, True),
+        ("C-PiGDM", "sd3", 1, False),
+    ],
+)
+def test_nan_from_the_model_names_step_and_sigma_and_saves_the_last_good_estimate(
+    method: str, arch: str, batch: int, pixels: bool, hosts: Callable[..., Host]
+) -> None:
     from PIL import Image
 
-    expected, before = run(h, method), unfinished()
-    with (
-        Spoilt(layer_of(h, "network"), {2}),
-        pytest.raises(
-            RuntimeError, match=r"step 2 of 2: the model returned NaN.* at sigma [\d.]+; try .*saved in .* as"
-        ) as failed,
-    ):
-        run(h, method)
-    (picture,) = unfinished() - before
-    assert picture.name in str(failed.value)
-    with Image.open(picture) as image:
-        assert image.size == (64, 64)
-        assert image.getextrema() != ((0, 0),) * 3
-    assert torch.equal(run(h, method), expected)
+    host = hosts(arch)
+    if pixels:
+        host = dataclasses.replace(host, vae=None)  # its latents are the pictures, with 4 channels
+    ops, steps, before = host.pack.operators, [], unfinished()
+    photo = ops.Measurement(torch.zeros(1, 4, 4, 4), ops.AreaDownscale((4, 8, 8), 2)) if pixels else host.measurement()
+    given = {"measurement": photo, "steps": 4, "latent": host.latent(batch)}
+    with unharmed(host):
+        expected = run(host, method, **given)
+        with Spoilt(layer_of(host, "network"), {3}), pytest.raises(RuntimeError) as failed:
+            run(host, method, **given, callback=lambda i, denoised, *_: steps.append(denoised.clone()))
+        assert torch.equal(run(host, method, **given), expected)
+    sigma = float(host.pack.nodes.host.sigmas_of(host.model, 4, "normal")[2])
+    sigma = sigma / (1 - sigma) if arch == "sd3" else sigma  # the samplers' own, as on the node
+    said = re.fullmatch(
+        r"step 3 of 4, sigma ([\d.]+): the model returned NaN.*step 2, is saved in .* as (.*)", str(failed.value)
+    )
+    assert said, failed.value
+    assert abs(float(said[1]) - sigma) < 0.01 * sigma
+    pictures = sorted(unfinished() - before)
+    assert said[2].split(", ") == [path.name for path in pictures]
+    first, last = (eight_bits(host, denoised) for denoised in steps)
+    assert len(pictures) == len(last) == batch
+    assert np.abs(first - last).max() > 3  # another step's picture is another
+    for path, right in zip(pictures, last, strict=True):
+        with Image.open(path) as image:
+            assert np.abs(np.asarray(image).astype(float) - right).max() <= 1.01
 
 
 def test_nan_in_the_first_step_says_that_there_is_nothing_to_save(h: Host) -> None:
     before = unfinished()
-    with Spoilt(layer_of(h, "network"), {1}), pytest.raises(RuntimeError, match=r"step 1 of 2: .*nothing to save"):
+    with (
+        Spoilt(layer_of(h, "network"), {1}),
+        pytest.raises(RuntimeError, match=r"step 1 of 2, sigma [\d.]+: .*nothing to save"),
+    ):
         run(h, "C-PiGDM")
     assert unfinished() == before
 
@@ -267,7 +472,7 @@ def test_nan_in_the_first_step_says_that_there_is_nothing_to_save(h: Host) -> No
 def test_nan_from_the_vae_is_not_laid_to_the_model(method: str, h: Host) -> None:
     with (
         Spoilt(layer_of(h, "decode"), set(range(1, 1000))),
-        pytest.raises(RuntimeError, match=r"step 1 of 2: the VAE returned NaN.*--fp32-vae"),
+        pytest.raises(RuntimeError, match=r"step 1 of 2, sigma [\d.]+: the VAE returned NaN.*--fp32-vae"),
     ):
         run(h, method)
 

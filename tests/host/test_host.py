@@ -251,7 +251,7 @@ def test_nan_from_the_model_names_the_noise_level(hosts: Callable[..., Host]) ->
         model = h.model.clone()
         model.set_model_sampler_post_cfg_function(lambda given: given["denoised"] * float("nan"))
     probe = Probe(lambda model, x, **_: model(x))
-    with pytest.raises(RuntimeError, match="NaN or infinite values at sigma 2"):
+    with pytest.raises(RuntimeError, match="step 1 of 1, sigma 2: the model returned NaN or infinite values"):
         h.sample(h.sampler(probe), guider=Host(h.pack, "sd15", model, h.vae).guider(), sigmas=torch.tensor([2.0, 1.0]))
 
 
@@ -267,7 +267,7 @@ def test_a_loader_that_cannot_reload_is_named(host: ModuleType) -> None:
             raise RuntimeError("cached_patcher_init is not initialized.")
 
     with pytest.raises(ValueError, match=r"vae: is under dynamic VRAM.*--disable-dynamic-vram"):
-        host.static_patcher(Paged(), "VAE")
+        host.static_patcher(Paged(), "vae")
 
 
 def test_nothing_of_the_model_changes(hosts: Callable[..., Host]) -> None:

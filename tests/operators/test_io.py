@@ -292,7 +292,7 @@ KERNEL = {"kernel": {"tensor": "m"}, "boundary": "circular"}
                         "arguments": {"in_shape": [1, 4096, 4096], "out_size": [2048, 2048], "boundary": "reflect"},
                     }
                 ]
-                * 8,
+                * 9,
             ),
             None,
         ),

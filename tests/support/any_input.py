@@ -28,7 +28,7 @@ class Surface:
     """What the nodes of a pack are given.
 
     Attributes:
-        ready: by socket type, objects by name; those whose name starts with "bad" must be refused where they matter.
+        ready: by socket type, objects by name; those whose name starts with "bad" come up rarely.
     """
 
     pack: ModuleType
@@ -52,7 +52,7 @@ class Surface:
         }
         recipes["grey, blur, random"] = recipes["random"].after(recipes["blur"].after(recipes["grey"]))
         self.made["LINEAR_OPERATOR"] = recipes
-        self.made["MEASUREMENT"] = {}
+        self.made["MEASUREMENT"] = {}  # whether there is none at all is drawn for every input
         for name, (operator, sigma, *shape) in {
             "1 x 1": ("identity", 0.0, 1, 1, 1),
             "1 x 17": ("random", 0.05, 1, 1, 17),
@@ -159,6 +159,8 @@ def _number(draw: st.DrawFn, spec: Any, whole: bool) -> float | int:
 @st.composite
 def _one(draw: st.DrawFn, surface: Surface, spec: Any) -> Any:
     kind = spec.io_type
+    if draw(st.integers(0, 40)) == 23:
+        return None  # what a node before it gives that has nothing to give
     if kind == "IMAGE":
         return draw(_pictures((3, 3, 3, 1, 4)))
     if kind == "MASK":
@@ -173,11 +175,16 @@ def _one(draw: st.DrawFn, surface: Surface, spec: Any) -> Any:
         return draw(st.sampled_from(HOSTILE))
     if kind == "COMBO":
         # The server takes names that are not on its list where a node looks at them itself.
-        return draw(st.sampled_from([*spec.options, *(HOSTILE if spec.id == "file" else ())]))
+        unknown = HOSTILE if spec.id == "file" else ["X"] if _bad(draw) else []
+        return draw(st.sampled_from([*spec.options, *unknown]))
     if kind == "COMFY_DYNAMICCOMBO_V3":
         option = draw(st.sampled_from(spec.options))
+        if _bad(draw):
+            return {spec.id: "X"}
         return {spec.id: option.key, **draw(_all(surface, option.inputs))}
-    names = [*surface.made.get(kind, {}), *surface.ready.get(kind, {})]
+    wanted = _bad(draw)
+    known = [*surface.made.get(kind, {}), *surface.ready.get(kind, {})]
+    names = [name for name in known if name.startswith("bad") == wanted] or known
     if not names:
         raise NotImplementedError(f"no inputs of type {kind} to give to {spec.id}; say here what a graph can connect")
     return Named(kind, draw(st.sampled_from(names)))
@@ -215,9 +222,9 @@ def input_names(specs: list[Any]) -> set[str]:
 
 
 def names_an_input(message: str, names: set[str]) -> bool:
-    """Whether a message begins with an input, or with several: "mask: ...", "first, second: ..."."""
-    subject = message.split(":")[0].split(" (")[0]
-    return all(part in names for part in subject.split(", "))
+    """Whether a message is about an input, or about several, and says more: "mask: is ...", "first, second: ..."."""
+    subject, _, said = message.partition(":")
+    return len(said.split()) >= 3 and all(part in names for part in subject.split(" (")[0].split(", "))
 
 
 def prepared(hosts: Callable[..., Any], load: Callable, tiny: Callable[..., Any]) -> dict[str, dict[str, Any]]:
@@ -227,11 +234,15 @@ def prepared(hosts: Callable[..., Any], load: Callable, tiny: Callable[..., Any]
     sd15, sd3 = hosts("sd15", vae="box"), hosts("sd3")
     with torch.inference_mode():
         video = comfy.sd.VAE(sd={"decoder.22.bias": torch.zeros(3), "decoder.1.weight": torch.zeros(256, 16, 3, 3)})
+    text, extra = conditioning("sd15", 1)[0]
     return {
-        "MODEL": {"sd15": sd15.model, "sd15 again": sd15.model, "sd3": sd3.model},
+        "MODEL": {"sd15": sd15.model, "sd15 again": sd15.model, "bad sd3": sd3.model},
         "VAE": {
-            "sd15": sd15.vae, "sd15 again": sd15.vae, "sd3": sd3.vae, "none": None, "video": video,
-            "not in the file": load(tiny("sd15", vae=None))[2],
+            "sd15": sd15.vae, "sd15 again": sd15.vae, "bad sd3": sd3.vae, "bad none": None, "bad video": video,
+            "bad not in the file": load(tiny("sd15", vae=None))[2],
         },
-        "CONDITIONING": {"sd15": conditioning("sd15", 1), "sd15 again": conditioning("sd15", 2), "sd3": conditioning("sd3", 1)},
+        "CONDITIONING": {
+            "sd15": conditioning("sd15", 1), "sd15 again": conditioning("sd15", 2), "bad sd3": conditioning("sd3", 1),
+            "bad empty": [], "bad NaN": [[text * math.nan, extra]],
+        },
     }  # fmt: skip

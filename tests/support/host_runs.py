@@ -119,18 +119,28 @@ def directional_derivatives(function: Callable[[Tensor], Tensor], x: Tensor, ste
 
 
 class Scarce:
-    """Raises PyTorch's own out-of-memory error inside a network, at the calls of one of its layers given by number."""
+    """Raises PyTorch's own out-of-memory error inside a network, at the calls of one of its layers given by number.
 
-    def __init__(self, layer: torch.nn.Module, failing: set[int], error: Exception | None = None) -> None:
-        self.layer, self.failing, self.calls = layer, failing, 0
+    With `back` at the layer's turns in backward passes.
+    """
+
+    def __init__(self, layer: torch.nn.Module, failing: set[int], error: Exception | None = None, back: bool = False) -> None:
+        self.layer, self.failing, self.back, self.calls = layer, failing, back, 0
         self.error = error or torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     def __enter__(self) -> "Scarce":
-        self.handle = self.layer.register_forward_pre_hook(self._count)
+        if self.back:
+            self.handle = self.layer.register_forward_hook(self._watch)
+        else:
+            self.handle = self.layer.register_forward_pre_hook(self._count)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.handle.remove()
+
+    def _watch(self, _module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(self._count)
 
     def _count(self, *_: object) -> None:
         self.calls += 1
@@ -140,6 +150,7 @@ class Scarce:
 
 def layer_of(h: Host, where: str) -> torch.nn.Module:
     if where == "network":
-        return h.model.model.diffusion_model.out[2]
+        network = h.model.model.diffusion_model
+        return network.out[2] if hasattr(network, "out") else network.final_layer.linear
     vae = h.vae.first_stage_model
     return {"decode": vae.taesd_decoder[-1], "encode": vae.taesd_encoder[-1]}[where]
