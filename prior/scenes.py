@@ -228,7 +228,7 @@ def background(rng: Random, p: Person, size: int) -> Image.Image:
 def strands(figure: Canvas, mask: Canvas, lines: list[Points], colour: Colour, width: float) -> None:
     """Fill the mask with hair: its colour, with the lines in turn lighter and darker."""
     layer = figure.layer(colour)
-    tones = (mix(colour, WHITE, 0.1), mix(colour, BLACK, 0.2))
+    tones = (mix(colour, WHITE, 0.05), mix(colour, BLACK, 0.1))
     for i, points in enumerate(lines):
         layer.line(points, tones[i % 2], width)
     figure.paint(mask, layer)
@@ -314,7 +314,7 @@ def clothes(figure: Canvas, rng: Random, p: Person) -> None:
 def weave(cloth: Canvas, rng: Random, colour: Colour, half: float, top: float, bottom: float) -> None:
     """Plain, stripes, checks, dots or a knit."""
     kind = rng.integers(6)
-    other = mix(colour, WHITE, rng.uniform(0.2, 0.45)) if rng.random() < 0.6 else mix(colour, BLACK, rng.uniform(0.2, 0.35))
+    other = mix(colour, WHITE, rng.uniform(0.12, 0.26)) if rng.random() < 0.6 else mix(colour, BLACK, rng.uniform(0.12, 0.22))
     step, start = rng.uniform(5.5, 8.5), rng.random()
     across = np.arange(-10, 10) + start
     if kind in (1, 2):
@@ -331,7 +331,7 @@ def weave(cloth: Canvas, rng: Random, colour: Colour, half: float, top: float, b
         for i in range(-26, 26):
             x = (i + start) * 2.1
             y = np.arange(top - 6, bottom + 3, 1.5)
-            cloth.line(np.stack([x + 0.7 * (np.arange(len(y)) % 2), y], 1), mix(colour, BLACK, 0.14), 0.8)
+            cloth.line(np.stack([x + 0.7 * (np.arange(len(y)) % 2), y], 1), mix(colour, BLACK, 0.08), 0.8)
 
 
 def head(figure: Canvas, rng: Random, p: Person) -> None:
