@@ -137,10 +137,10 @@ class Restore(io.ComfyNode):
             raise ValueError(
                 f"negative: not connected, but cfg is {cfg}. Connect a prompt (an empty one will do), or set cfg to 1"
             )
+        negative = positive if negative is None else negative
         exact = measurement.to("cpu", torch.float64)
-        finish(
-            fill_unseen(stoppable(exact)), exact
-        )  # a measurement that cannot be met is found out before the sampling, not after
+        # A measurement that cannot be met is found out before the sampling, not after.
+        finish(fill_unseen(stoppable(exact)), exact)
         window, wide = widened(exact, host.latent_ratio(vae))
         filled = to_image(fill_unseen(stoppable(wide))).clamp(0, 1)
         sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler)
@@ -169,9 +169,7 @@ class Restore(io.ComfyNode):
                 )
                 # Photo i of a batch comes out as it would with seed + i alone.
                 number = (seed + i + k * NEXT_SAMPLE) % 2**63
-                latent = host.sample_latents(
-                    model, positive, positive if negative is None else negative, cfg, sampler, sigmas, start, number
-                )
+                latent = host.sample_latents(model, positive, negative, cfg, sampler, sigmas, start, number)
                 decoded = vae.decode(latent)
                 if not bool(torch.isfinite(decoded).all()):
                     raise ValueError(

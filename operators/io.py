@@ -11,6 +11,7 @@ classes below and arguments of the kinds below, and everything else in it is an 
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -38,7 +39,7 @@ VERSION = "1"
 MAX_SIDE = 16384  # of a picture
 MAX_VALUES = 2**28  # of a picture or a batch of them; 2 GiB in float64
 MAX_OPERATORS = 64
-MAX_BUILT = 2**28  # numbers of 8 bytes that a file may ask for: a few hundred bytes can declare matrices of gigabytes
+MAX_BUILT = 2**29  # numbers of 8 bytes that a file may ask for: a few hundred bytes can declare matrices of gigabytes
 
 StrPath = str | os.PathLike[str]
 
@@ -193,18 +194,25 @@ def _blur_size(kernel: Tensor, in_shape: Shape, boundary: str) -> int:
 
 
 def _product_size(outer: LinearOperator, inner: LinearOperator) -> int:
-    """Of the closed forms that may be tried: pixel by pixel, by frequencies, by rows and columns, or the matrix with a dense factor."""
+    """Of the closed forms that may be tried: by rows and columns, pixel by pixel, by frequencies, or the matrix with a dense factor."""
     chain = factors(outer) + factors(inner)
     sizes = [operator.in_shape[1:] for operator in chain]
-    size = 8 * max(h * w for h, w in sizes)
-    size += max((h * h + w * w for h, w in sizes if max(h, w) <= MAX_SIDE), default=0)  # not of a stack's long row
-    if sum(isinstance(operator, PixelwiseGram) for operator in chain) > 1:
-        size += 3 * max(operator.batch for operator in chain) * max(math.prod(operator.in_shape) for operator in chain[:-1])
+    size = max((h * h + w * w for h, w in sizes if max(h, w) <= MAX_SIDE), default=0)  # not of a stack's long row
+    size += max(_pair_size(*pair) for pair in itertools.pairwise(chain))
     for i, operator in enumerate(chain):
         if isinstance(operator, Dense):
             rows = max(math.prod(left.out_shape) for left in chain[: i + 1])
             size += 2 * rows * max(math.prod(right.in_shape) for right in chain[i:])
     return size
+
+
+def _pair_size(outer: LinearOperator, inner: LinearOperator) -> int:
+    """Of the closed form of two neighbours, but for matrices."""
+    if isinstance(outer, PixelwiseGram) and isinstance(inner, PixelwiseGram):
+        return 3 * max(outer.batch, inner.batch) * math.prod(outer.in_shape)
+    if any(isinstance(part, AreaDownscale) or getattr(part, "boundary", None) == "circular" for part in (outer, inner)):
+        return 8 * math.prod(inner.in_shape[1:])
+    return 0
 
 
 @dataclass

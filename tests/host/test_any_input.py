@@ -178,7 +178,10 @@ SIZES: dict[str, Callable[[dict[str, Any], tuple[Any, ...]], list[tuple[Any, Any
         (out[0].shape[:1], (len(given["measurement"].y) * given.get("samples", 1),)),
     ],
     "PosteriorUncertainty": lambda given, out: [
-        (v.shape[:3], (len(given["samples"]) // (given.get("per_photo") or len(given["samples"])), *given["samples"].shape[1:3]))
+        (
+            v.shape[:3],
+            (len(given["samples"]) // (given.get("per_photo") or len(given["samples"])), *given["samples"].shape[1:3]),
+        )
         for v in out
     ],
     "PosteriorStartLatent": lambda given, out: [
@@ -212,14 +215,17 @@ def three_beside(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @st.composite
 def any_run(draw: st.DrawFn, surface: Surface) -> dict[str, Any]:
-    """A whole sampling run: model, VAE, measurement, latent and settings, mostly of one kind."""
+    """A whole sampling run: model, VAE, measurement, latent and settings, mostly such that they fit."""
+    measurement = draw(st.sampled_from(["area", "batch", "grey", "noise", "blur", "odd"]))
+    made = surface.value("MEASUREMENT", measurement)
+    fitting = (len(made.y), 4, *(side // 8 for side in made.operator.in_shape[1:]))
     shapes = [(1, 4, 2, 3), (1, 4, 2, 2), (2, 4, 2, 2), (1, 4, 3, 3), (1, 16, 2, 2), (1, 4, 2, 2, 2), (3, 4, 2, 3)]
     return {
         "model": draw(st.sampled_from([*["sd15"] * 6, "bad sd3"])),
         "vae": draw(st.sampled_from([*["sd15"] * 6, "bad sd3", "bad none", "bad not in the file", "bad video"])),
-        "measurement": draw(st.sampled_from(["area", "batch", "grey", "noise", "blur", "odd"])),
-        "latent": draw(st.sampled_from(shapes)),
-        "content": draw(st.sampled_from(["0", "random", "random", "NaN"])),
+        "measurement": measurement,
+        "latent": draw(st.sampled_from([*[fitting] * 14, *shapes])),
+        "content": draw(st.sampled_from([*["0", "random", "random"] * 2, "NaN"])),
         "method": draw(st.sampled_from(["sample_psld", "sample_cpigdm"])),
         "steps": draw(st.integers(1, 2)),
         "prompt": draw(st.sampled_from([*["sd15"] * 6, "bad sd3", "bad NaN"])),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.tiny_checkpoints import conditioning
 from torch import Tensor
 
-SIDES = (1, 2, 3, 5, 8, 9, 16, 17, 24, 40)
+SIDES = (1, 2, 3, 5, 8, 9, 16, 17, 24, 40, 16, 24, 40, 64)
 WILD = (-1.0, -1e30, 1e30, 1e9, math.nan, math.inf, -math.inf, 0.0)
 HOSTILE = (
     "", ".", "a", "../x", "a/../../x", "/etc/passwd", "/etc/passwd [output]", "../../input [temp]", "x\0y", "%date%", "a" * 250, "~", "C:\\x",
@@ -52,7 +52,8 @@ class Surface:
         }
         recipes["grey, blur, random"] = recipes["random"].after(recipes["blur"].after(recipes["grey"]))
         self.made["LINEAR_OPERATOR"] = recipes
-        self.made["MEASUREMENT"] = {}  # whether there is none at all is drawn for every input
+        self.made["IMAGE"] = photos()
+        self.made["MEASUREMENT"] = {}
         for name, (operator, sigma, *shape) in {
             "1 x 1": ("identity", 0.0, 1, 1, 1),
             "1 x 17": ("random", 0.05, 1, 1, 17),
@@ -108,12 +109,27 @@ class Named:
     name: str
 
 
-def _pictures(last: tuple[int, ...]) -> st.SearchStrategy[Picture]:
+def photos() -> dict[str, Tensor]:
+    """Photos of which the calibration nodes can tell what happened to them."""
+    rows, columns = torch.meshgrid(torch.arange(72.0), torch.arange(72.0), indexing="ij")
+    waves = 0.5 + 0.2 * (rows / 9).sin() * (columns / 7).cos()
+    striped = waves.clone()
+    striped[6::12] = 0
+    grain = 0.5 + 0.05 * torch.randn(72, 72, generator=torch.Generator().manual_seed(0))
+    edge = 0.5 + 0.3 * torch.erf((columns - 16.3 + 0.2 * rows) / 2**0.5 / 2)[:33, :33]
+    star = 0.1 + 0.8 * (-((rows - 16) ** 2 + (columns - 17) ** 2) / 2 / 1.5**2).exp()[:33, :33]
+    named = {"striped": striped, "grain": grain, "edge": edge, "star": star}
+    return {name: image[None, ..., None].expand(1, -1, -1, 3).clamp(0, 1) for name, image in named.items()}
+
+
+def _pictures(last: tuple[int, ...], usual: tuple[int, ...] | None) -> st.SearchStrategy[Picture]:
     @st.composite
     def make(draw: st.DrawFn) -> Picture:
         batch = draw(st.sampled_from([1, 1, 1, 2, 3]))
         sides = draw(st.tuples(st.sampled_from(SIDES), st.sampled_from(SIDES)))
         shape: tuple[int, ...] = (batch, *sides)
+        if usual and draw(st.integers(0, 5)) < 5:
+            shape = usual
         if last:
             shape += (draw(st.sampled_from(last)),)
         if _bad(draw):
@@ -157,14 +173,16 @@ def _number(draw: st.DrawFn, spec: Any, whole: bool) -> float | int:
 
 
 @st.composite
-def _one(draw: st.DrawFn, surface: Surface, spec: Any) -> Any:
+def _one(draw: st.DrawFn, surface: Surface, spec: Any, usual: tuple[int, ...] | None) -> Any:
     kind = spec.io_type
     if draw(st.integers(0, 40)) == 23:
         return None  # what a node before it gives that has nothing to give
     if kind == "IMAGE":
-        return draw(_pictures((3, 3, 3, 1, 4)))
+        if spec.id == "photo" and draw(st.booleans()):
+            return Named(kind, draw(st.sampled_from([*surface.made[kind]])))
+        return draw(_pictures((3, 3, 3, 3, 3, 3, 1, 4), usual))
     if kind == "MASK":
-        return draw(_pictures(()))
+        return draw(_pictures((), usual))
     if kind == "LATENT":
         return draw(_latents())
     if kind in ("FLOAT", "INT"):
@@ -192,11 +210,17 @@ def _one(draw: st.DrawFn, surface: Surface, spec: Any) -> Any:
 
 @st.composite
 def _all(draw: st.DrawFn, surface: Surface, specs: list[Any]) -> dict[str, Any]:
-    given = {}
-    for spec in specs:
+    given, usual = {}, None
+    for spec in sorted(specs, key=lambda spec: spec.io_type != "MEASUREMENT"):
         if spec.optional and draw(st.booleans()):
             continue
-        given[spec.id] = draw(_one(surface, spec))
+        value = given[spec.id] = draw(_one(surface, spec, usual))
+        # What comes after it mostly fits.
+        if isinstance(value, Picture):
+            usual = value.shape[:3]
+        elif isinstance(value, Named) and value.kind == "MEASUREMENT":
+            measurement = surface.value(value.kind, value.name)
+            usual = (len(measurement.y), *measurement.operator.in_shape[1:])
     return given
 
 
