@@ -158,9 +158,7 @@ class MeasurementFromPhoto(io.ComfyNode):
     @classmethod
     def execute(cls, photo: Tensor, operator: OperatorRecipe, noise: dict) -> io.NodeOutput:
         y = to_signal("photo", photo)
-        remedy = (
-            f"lower the factor ({operator.label}), or use a smaller photo or batch than {y.shape[3]} x {y.shape[2]}, {len(y)}"
-        )
+        remedy = f"lower the factor ({operator.label}), or use fewer or smaller photos than {y.shape[3]} x {y.shape[2]}"
         a = operator.on(operator.full_shape(tuple(y.shape[1:])), y, remedy)
         if a.out_shape[0] == 1:
             y = grey(y)

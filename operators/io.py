@@ -39,7 +39,7 @@ VERSION = "1"
 MAX_SIDE = 16384  # of a picture
 MAX_VALUES = 2**28  # of a picture or a batch of them; 2 GiB in float64
 MAX_OPERATORS = 64
-MAX_BUILT = 2**29  # numbers of 8 bytes that a file may ask for: a few hundred bytes can declare matrices of gigabytes
+MAX_BUILT = 2**28  # numbers of 8 bytes that a file may ask for: a few hundred bytes can declare matrices of gigabytes
 
 StrPath = str | os.PathLike[str]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-REPORT = ROOT / "tests" / "report.md"
+REPORTS = ROOT / "tests"  # report.md of the newest ComfyUI, report-<version>.md of others
 
 _counts = pytest.StashKey[dict[str, int]]()
 _notes = pytest.StashKey[dict[str, list[str]]]()
@@ -19,7 +19,7 @@ _start = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="the counts that take long; writes tests/report.md")
+    parser.addoption("--full", action="store_true", help="the counts that take long; writes a report into tests/")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,7 +53,7 @@ def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if not config.getoption("--full"):
         return
-    from dev.setup_host import prepare
+    from dev.setup_host import NEWEST, prepare
 
     results = {kind: len(terminalreporter.stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped")}
     comfyui = (prepare()["comfyui"] / "comfyui_version.py").read_text().split('"')[-2]
@@ -81,5 +81,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     ]
     for test, notes in sorted(config.stash[_notes].items()):
         lines += ["", f"## {test.removeprefix('tests/')}", "", *(f"* {line}" for line in notes)]
-    REPORT.write_text("\n".join(lines).encode("ascii", "replace").decode() + "\n")
-    terminalreporter.write_line(f"report: {REPORT}")
+    report = REPORTS / ("report.md" if comfyui == NEWEST else f"report-{comfyui}.md")
+    report.write_text("\n".join(lines).encode("ascii", "replace").decode() + "\n")
+    terminalreporter.write_line(f"report: {report}")

@@ -45,7 +45,7 @@ def new(argument: str, prefix: str, suffix: str) -> tuple[Path, dict[str, str]]:
         prefix: subfolder and begin of the name; %year% and the like are filled in.
 
     Raises:
-        ValueError: the prefix is empty or leads out of the output folder.
+        ValueError: the prefix is empty, too long, or leads out of the output folder.
     """
     import folder_paths
 
@@ -55,8 +55,15 @@ def new(argument: str, prefix: str, suffix: str) -> tuple[Path, dict[str, str]]:
             f"{argument}: got {prefix!r}, expected a name within ComfyUI's output folder, for example measurements/posterior"
         )
     folder, name, number, subfolder, _ = folder_paths.get_save_image_path(os.path.normpath(prefix), str(root))
-    while (Path(folder) / (file := f"{name}_{number:05}_{suffix}")).exists():  # the host counts files of other kinds otherwise
-        number += 1
+    try:
+        while (
+            Path(folder) / (file := f"{name}_{number:05}_{suffix}")
+        ).exists():  # the host counts files of other kinds otherwise
+            number += 1
+    except OSError as error:
+        raise ValueError(
+            f"{argument}: {name[:40]}... is no name for a file ({error.strerror}); choose a shorter one"
+        ) from error
     return Path(folder) / file, {"filename": file, "subfolder": subfolder, "type": "output"}
 
 

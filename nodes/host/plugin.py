@@ -11,7 +11,7 @@ from torch import Tensor
 from ...samplers import State, measured
 from . import guard
 from .codec import Codec, check_sizes, check_vae
-from .faults import Course, NotFinite, check_finite, stop_when_interrupted, stoppable_backward
+from .faults import Course, NotFinite, check_finite, naming_lack_of_memory, stop_when_interrupted, stoppable_backward
 from .gradients import differentiable_options, gradients, normal_tensors
 from .internals import naming_what_is_missing
 from .loading import Loaded, control_networks, controls, resident
@@ -58,6 +58,7 @@ def stock_sampler(
 
 
 @naming_what_is_missing()
+@naming_lack_of_memory()
 def run_on_host(
     model: Any,
     x: Tensor,

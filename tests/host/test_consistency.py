@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.pictures import noise_like, picture
+from support.tiny_checkpoints import conditioning
 from torch import Tensor
 
 Bind = Callable[[tuple[int, int, int]], Any]
@@ -176,9 +177,22 @@ def test_iterations_that_do_not_end_are_admitted(nodes: ModuleType, pack: Module
     assert re.search(r"does not agree\. Whether any picture could is not known \(A_dagger: relative residual", text)
 
 
-@pytest.mark.parametrize("node", ["Consistency", "Finish"])
+SOLVES: dict[str, Callable[[ModuleType, Any, Any], Any]] = {
+    "Consistency": lambda nodes, h, m: nodes.readouts.Consistency.execute(picture(64, 64, seed=1), m, 1.0),
+    "Finish": lambda nodes, h, m: nodes.finish.Finish.execute(picture(64, 64, seed=1), m, 1.0),
+    "PSLD Sampler": lambda nodes, h, m: nodes.samplers.SamplerPSLD.execute(
+        m, {"rule": "paper", "omega": 1.0, "gamma": 0.1, "eta": 0.0, "glue": "pinv"}, vae=h.vae
+    ),
+    "Start Latent": lambda nodes, h, m: nodes.samplers.StartLatent.execute(m, h.vae, "measurement"),
+    "Restore": lambda nodes, h, m: nodes.restore.Restore.execute(
+        h.model, h.vae, conditioning("sd15", 1), m, "C-PiGDM", "fast", 0, 1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("node", SOLVES)
 def test_cancelling_ends_the_iterations(
-    nodes: ModuleType, pack: ModuleType, comfy: ModuleType, node: str, monkeypatch: pytest.MonkeyPatch
+    nodes: ModuleType, pack: ModuleType, hosts: Callable, node: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import comfy.model_management as mm
 
@@ -190,11 +204,32 @@ def test_cancelling_ends_the_iterations(
             raise mm.InterruptProcessingException
 
     monkeypatch.setattr(nodes.host.faults, "throw_if_interrupted", cancelled)
-    measurement = measure(nodes, detailed(32, 32), KINDS["shaken"](pack))
-    run = nodes.readouts.Consistency.execute if node == "Consistency" else nodes.finish.Finish.execute
+    measurement = measure(nodes, detailed(64, 64), KINDS["shaken"](pack))
     with torch.inference_mode(), pytest.raises(mm.InterruptProcessingException):
-        run(picture(32, 32, seed=1), measurement, 1.0)
+        SOLVES[node](nodes, hosts("sd15"), measurement)
     assert len(looked) == 50
+
+
+def test_restore_can_be_cancelled_before_its_first_step(
+    nodes: ModuleType, pack: ModuleType, hosts: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it fills the picture that is widened to what the VAE makes, after it has looked whether the photo can be met."""
+    import comfy.model_management as mm
+
+    met: list[str] = []
+
+    def cancelled() -> None:
+        if met:
+            raise mm.InterruptProcessingException
+
+    monkeypatch.setattr(nodes.host.faults, "throw_if_interrupted", cancelled)
+    monkeypatch.setattr(nodes.restore, "finish", lambda *_: met.append("yes"))
+    monkeypatch.setattr(nodes.host, "sigmas_of", lambda *_: pytest.fail("went on"))
+    measurement = measure(nodes, detailed(44, 44), lambda shape: pack.operators.AreaDownscale(shape, 4))
+    h = hosts("sd15")
+    with torch.inference_mode(), pytest.raises(mm.InterruptProcessingException):
+        nodes.restore.Restore.execute(h.model, h.vae, conditioning("sd15", 1), measurement, "C-PiGDM", "fast", 0, 1.0)
+    assert met == ["yes"]
 
 
 def test_combined_measurements_are_read_photo_by_photo(nodes: ModuleType, pack: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""Numbers out of range that come over links, which ComfyUI does not look at."""
+"""What comes over links, which ComfyUI does not look at: numbers out of range, unknown choices, and nothing at all."""
 
 from types import ModuleType
 from typing import Any
@@ -27,8 +27,42 @@ def test_numbers_out_of_range(node: str, given: dict[str, Any], message: str, pa
 
 def test_an_unknown_choice_is_named_with_the_known_ones(pack: ModuleType) -> None:
     """ComfyUI drops a dynamic input whose choice it does not know, and says nothing."""
-    with pytest.raises(ValueError, match="method: is missing or not one of area, bicubic, lanczos"):
-        find(pack, "Downscale").execute()
+    for given in ({}, {"method": None}, {"method": {"method": "X"}}):
+        with pytest.raises(ValueError, match="method: is missing or not one of area, bicubic, lanczos"):
+            find(pack, "Downscale").execute(**given)
+    given = {"pattern": "stripes", "period": 16, "width": 2, "offset": 0, "direction": "X", "fraction": 0.0, "seed": 0}
+    with pytest.raises(ValueError, match="direction: got 'X', expected one of horizontal, vertical, both"):
+        find(pack, "MissingPixels").execute(given)
+
+
+RESTORE = {"model": 1, "vae": 1, "positive": [1], "measurement": 1, "method": "PSLD", "quality": "fast", "seed": 0, "cfg": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("node", "given", "message"),
+    [
+        ("Restore", {**RESTORE, "model": None}, "model: got nothing. Connect it"),
+        ("Restore", {**RESTORE, "measurement": None}, "measurement: got nothing. Connect it"),
+        ("Restore", {**RESTORE, "positive": None}, "positive: got nothing. Connect it"),
+        ("Restore", {**RESTORE, "positive": []}, "positive: is empty, the node before it gave no prompt"),
+        ("Restore", {**RESTORE, "negative": []}, "negative: is empty, the node before it gave no prompt"),
+        ("Restore", {**RESTORE, "samples": None}, "samples: got nothing"),
+        ("Restore", {**RESTORE, "method": "X"}, "method: got 'X', expected one of C-PiGDM, PSLD"),
+        ("Finish", {"image": None, "measurement": 1, "error": 0.05}, "image: got nothing. Connect it"),
+        (
+            "MissingPixels",
+            {"pattern": {"pattern": "mask", "mask": None, "threshold": 0.5}},
+            "mask: got nothing. Connect it",
+        ),
+    ],
+)
+def test_nothing_where_something_is_needed(node: str, given: dict[str, Any], message: str, pack: ModuleType) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        find(pack, node).execute(**given)
+
+
+def test_what_may_be_left_out_may_be_nothing(pack: ModuleType) -> None:
+    assert find(pack, "Downscale").execute({"method": "area", "factor": 2}, operator=None).args
 
 
 def test_the_choice_alone_decides_which_range_counts(pack: ModuleType) -> None:

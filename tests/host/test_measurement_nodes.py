@@ -1,12 +1,15 @@
 """What the measurement nodes hand on: noise of either kind, its estimate, combined photos, and files."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from support.damaged_files import bounded_memory, damaged, good_files, header_of, packed
 from torch import Tensor
 
 PEAK = 40.0
@@ -283,6 +286,86 @@ def test_nothing_is_written_outside_the_output_folder(nodes: ModuleType, pack: M
     measurement = three(nodes, pack, textured(32))[0]
     with pytest.raises(ValueError, match=r"^filename_prefix: got .*expected a name within ComfyUI's output folder"):
         nodes.storage.SaveMeasurement.execute(measurement, prefix)
+
+
+def test_a_linked_folder_leads_nowhere(nodes: ModuleType, pack: ModuleType, tmp_path: Path) -> None:
+    link = output_folder() / "elsewhere"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(tmp_path, target_is_directory=True)
+    try:
+        for prefix in ("elsewhere/x", "elsewhere/deeper/x", "numbers/../elsewhere/x"):
+            with pytest.raises(ValueError, match=r"^filename_prefix: got .*expected a name within ComfyUI's output folder"):
+                nodes.storage.SaveMeasurement.execute(three(nodes, pack, textured(32))[0], prefix)
+    finally:
+        link.unlink()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("side", "method"), [(512, {"method": "area", "factor": 64}), (1024, {"method": "bicubic", "factor": 16.0})]
+)
+def test_a_factor_too_large_for_the_photo_is_refused(nodes: ModuleType, side: int, method: dict[str, Any]) -> None:
+    operator = nodes.operators.downscale.Downscale.execute(method).args[0]
+    full = side * int(method["factor"])
+    message = f"^operator: asks for a full picture of {full} x {full}, 1 in the batch, expected .*; lower the factor .*{side} x {side}"
+    with bounded_memory(), torch.inference_mode(), pytest.raises(ValueError, match=message):
+        nodes.measurement.MeasurementFromPhoto.execute(
+            torch.zeros(1, side, side, 3), operator, {"noise": "entered", "sigma": 0.0}
+        )
+
+
+def test_a_picture_too_long_for_any_operator_is_refused(nodes: ModuleType, pack: ModuleType) -> None:
+    with bounded_memory(), pytest.raises(ValueError, match=r"^operator: asks for .* 100000 x 1, .*; use a smaller image"):
+        simulate(nodes, torch.zeros(1, 1, 100_000, 3), lambda shape: pack.operators.BicubicDownscale(shape, 1.0), gaussian(0.0))
+
+
+def test_a_small_file_cannot_fill_the_memory(nodes: ModuleType, pack: ModuleType) -> None:
+    """A thousand photos of one pixel, each of a picture of 89 million."""
+    path = output_folder() / "tiny.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ops = pack.operators
+    ops.save_measurement(path, ops.Measurement(torch.zeros(1, 3, 1, 1), ops.Crop((3, 16384, 5461), (1, 1))))
+    header, _ = header_of(path.read_bytes())
+    header["y"] = {"dtype": "F32", "shape": [1000, 3, 1, 1], "data_offsets": [0, 12000]}
+    path.write_bytes(packed(header, bytes(12000)))
+    with bounded_memory(), pytest.raises(ValueError, match=r"^file: .*1000 in the batch, expected .* Choose another file"):
+        nodes.storage.LoadMeasurement.execute("tiny.safetensors [output]")
+    path.unlink()
+
+
+def test_damaged_files_are_refused_by_the_node_or_usable(
+    nodes: ModuleType, pack: ModuleType, count: Callable[[int, int], int], ran: Callable[[int], None]
+) -> None:
+    path = output_folder() / "damaged.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    originals = [data for data in good_files(pack.operators, path) if b"posterior.measurement" in data]
+    seen = {"refused": 0, "read": 0}
+
+    @settings(
+        max_examples=count(40, 1000), derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(damaged(originals))
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        refusal = ""
+        try:
+            with torch.inference_mode():
+                measurement, degraded, lost = nodes.storage.LoadMeasurement.execute("damaged.safetensors [output]").args
+        except ValueError as error:
+            refusal = str(error)
+        if refusal:
+            seen["refused"] += 1
+            assert re.search(r"^file: .*(Choose another file|the nodes restore those in colour)", refusal)
+            return
+        seen["read"] += 1
+        assert lost.shape == (len(measurement.y), *measurement.operator.in_shape[1:])
+        assert degraded.shape[-1] == 3
+
+    with bounded_memory():
+        run()
+    path.unlink()
+    ran(sum(seen.values()))
+    assert min(seen.values()) > 0, seen
 
 
 def test_saved_files_are_numbered_on(nodes: ModuleType, pack: ModuleType) -> None:

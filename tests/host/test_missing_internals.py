@@ -2,14 +2,19 @@
 
 import asyncio
 import importlib
+import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support.host_runs import Host
+from support.host_runs import Host, Scarce, layer_of
 from support.host_versions import needs
+from support.in_process import load_pack
+from support.tiny_checkpoints import conditioning
+
+PLACES = ("get_display_node_id", "get_parent_node_id", "get_real_node_id")
 
 
 def psld(h: Host) -> Any:
@@ -98,6 +103,107 @@ def test_what_comfyui_itself_needs_too(
         host.resident(guider, h.vae, 0.0),
     ):
         pass
+
+
+def restore(h: Host) -> Any:
+    with torch.inference_mode():
+        given = (h.model, h.vae, conditioning("sd15", 1), h.measurement(), "C-PiGDM", "fast", 0, 1.0)
+        return h.pack.nodes.restore.Restore.execute(*given)
+
+
+CALLS = {
+    "PosteriorRestore": restore,
+    "PosteriorSaveMeasurement": lambda h: h.pack.nodes.storage.SaveMeasurement.execute(h.measurement(), "missing"),
+    "PosteriorLoadMeasurement": lambda h: h.pack.nodes.storage.LoadMeasurement.execute("missing_00001_.safetensors [output]"),
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "node"),
+    [
+        ("comfy.samplers", "calculate_sigmas", "PosteriorRestore"),
+        ("comfy.sample", "prepare_noise", "PosteriorRestore"),
+        ("comfy.sample", "fix_empty_latent_channels", "PosteriorRestore"),
+        ("folder_paths", "get_save_image_path", "PosteriorSaveMeasurement"),
+        ("folder_paths", "annotated_filepath", "PosteriorLoadMeasurement"),
+    ],
+)
+def test_what_one_node_cannot_do_without_is_named(
+    module: str, name: str, node: str, hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = hosts("sd15")
+    monkeypatch.delattr(find(module), name)
+    with pytest.raises(ValueError, match=rf"this ComfyUI has no {module}\.{name}, which this node needs.*Update"):
+        CALLS[node](h)
+    assert len(nodes(h)) == len(h.pack.nodes.NODES)
+
+
+def test_what_restore_can_do_without_costs_that_alone(
+    hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    h = hosts("sd15")
+    monkeypatch.setitem(h.pack.nodes.restore.CALLS["C-PiGDM"], "fast", 1)
+    expected = restore(h).args[0]
+    assert "runs without" not in caplog.text
+    for module, name in (
+        ("latent_preview", "prepare_callback"), ("comfy.utils", "PROGRESS_BAR_ENABLED"), ("comfy_api.latest.ui", "PreviewImage"),
+    ):  # fmt: skip
+        monkeypatch.delattr(find(module), name)
+    assert torch.equal(restore(h).args[0], expected)
+    for feature in ("previews of Restore", "the switch for progress bars", "pictures on nodes"):
+        assert f"runs without {feature}" in caplog.text
+
+
+def test_memory_that_cannot_be_given_back(
+    hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    h = hosts("sd15")
+    psld(h)  # which loads the model, for ComfyUI calls it too
+    monkeypatch.delattr(find("comfy.model_management"), "soft_empty_cache")
+    sampler = h.pack.nodes.host.stock_sampler(h.pack.samplers.sample_psld, h.measurement(), h.vae, "fastest")
+    with Scarce(layer_of(h, "network"), {1}):
+        assert h.sample(sampler, steps=1).isfinite().all()
+    assert "runs without giving cached memory back" in caplog.text
+
+
+def test_pictures_while_a_node_runs(
+    hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = find("server.PromptServer")
+    sent: list[Any] = []
+    instance = server.__new__(server)
+    instance.client_id, instance.sockets_metadata, instance.last_node_id = "page", {}, "another"
+    instance.send_sync = lambda *message: sent.append(message)
+    monkeypatch.setattr(server, "instance", instance, raising=False)
+    shared = SimpleNamespace(prompt_id="prompt", dynprompt=SimpleNamespace(**dict.fromkeys(PLACES, lambda node: node)))
+    monkeypatch.setattr(find("comfy_execution.progress"), "get_progress_state", lambda: shared)
+    flags = find("comfy_api.feature_flags")
+    monkeypatch.setattr(flags, "supports_feature", lambda *_: True)
+    send = hosts("sd15").pack.nodes.host.readout.send_picture
+    send("7", torch.zeros(1, 8, 8, 3))
+    assert len(sent) == 1
+    monkeypatch.delattr(flags, "supports_feature")
+    send("7", torch.zeros(1, 8, 8, 3))
+    assert len(sent) == 1
+    assert "has no comfy_api.feature_flags.supports_feature: it runs without pictures on nodes while they run" in caplog.text
+
+
+def test_the_pack_loads_without_the_hosts_ui(
+    hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = len(nodes(hosts("sd15")))
+    api = find("comfy_api.latest")
+    for name in ("ui", "UI"):
+        monkeypatch.delattr(api, name)
+    try:
+        pack = load_pack("another_copy")
+        found = asyncio.run(pack.nodes.PosteriorExtension().get_node_list())
+        assert len(found) == known
+        assert len(pack.nodes.restore.Uncertainty.execute(torch.rand(2, 8, 8, 3)).args) == 3
+    finally:
+        for name in [name for name in sys.modules if name.startswith("another_copy")]:
+            del sys.modules[name]
+    assert "has no comfy_api.latest.ui: it runs without pictures on nodes" in caplog.text
 
 
 def test_schedulers_that_cannot_be_listed(

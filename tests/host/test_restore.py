@@ -100,6 +100,28 @@ def test_what_cannot_be_met_is_said_before_the_sampling(demo: Demo, monkeypatch:
 
 
 @torch.inference_mode()
+def test_nan_is_laid_to_the_prompt_or_the_vae_that_has_it(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    measurement = demo.measure(demo.pictures(1), lambda shape: demo.pack.operators.AreaDownscale(shape, 8))
+    (text, extra), nan = demo.prompt[0], float("nan")
+    run = demo.nodes.restore.Restore.execute
+    with pytest.raises(ValueError, match=r"^positive: has NaN or infinite values; the node that encoded the prompt"):
+        run(demo.model, demo.vae, [[text * nan, extra]], measurement, "C-PiGDM", "fast", 0, 1.0)
+    decode = demo.vae.decode
+    monkeypatch.setattr(demo.vae, "decode", lambda latent: decode(latent) * nan)
+    with pytest.raises(ValueError, match=r"^vae: the picture it decodes has NaN or infinite values; .*--fp32-vae"):
+        demo.restore(measurement)
+
+
+@pytest.mark.parametrize("method", ["C-PiGDM", "PSLD"])
+@torch.inference_mode()
+def test_a_picture_without_any_detail(demo: Demo, method: str) -> None:
+    photo = torch.full((1, 32, 32, 3), 0.5)
+    image, residual = demo.restore(demo.measure(photo, lambda shape: demo.pack.operators.AreaDownscale(shape, 8)), method)
+    assert image.isfinite().all()
+    assert residual < 1e-6
+
+
+@torch.inference_mode()
 def test_a_photo_without_a_fault_comes_back_and_restore_says_why(demo: Demo) -> None:
     photo = demo.pictures(1)
     measurements = [demo.measure(photo, demo.pack.operators.Identity, sigma) for sigma in (0.0, 0.1)]

@@ -26,7 +26,7 @@ from operators import (
     Scale,
     Stack,
 )
-from operators.io import load_measurement, load_operator, save_measurement, save_operator
+from operators.io import check_full_size, load_measurement, load_operator, save_measurement, save_operator
 
 SHAPE = (3, 13, 18)
 
@@ -166,6 +166,10 @@ for _ in range(100):
     NESTED = f'{{"class": "Stack", "arguments": {{"operators": [{NESTED}]}}}}'
 
 
+MASK = json.loads(described("Mask", keep={"tensor": "operator.keep"}, channels=3))
+TWICE = described("Stack", operators=[MASK, MASK])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -202,6 +206,7 @@ for _ in range(100):
             {"operator": described("BicubicDownscale", in_shape=[3, 8, 8], out_size=[4, 4], boundary="torus")},
             "boundary: got 'torus'",
         ),
+        ({"operator": TWICE}, "its tensor 'operator.keep' is that of another argument"),
         ({"tensors": {"operator.keep": None}}, "keep: has no tensor"),
         ({"tensors": {"operator.keep": torch.ones(1, 1, 13, 18)}}, "keep: its tensor is float32 .*expected uint8"),
         ({"tensors": {"operator.keep": torch.ones(13, 18, dtype=torch.uint8)}}, "shape .13, 18., expected uint8 with 4"),
@@ -270,6 +275,10 @@ def area(n: int) -> dict:
     return {"class": "AreaDownscale", "arguments": {"in_shape": [1, n, n], "factor": n}}
 
 
+def bicubic(n: int, m: int) -> dict:
+    return {"class": "BicubicDownscale", "arguments": {"in_shape": [1, n, 1], "out_size": [m, 1], "boundary": "reflect"}}
+
+
 SMALL = {"class": "Dense", "arguments": {"matrix": {"tensor": "m"}, "in_shape": [1, 1, 1], "out_shape": [1, 1, 64]}}
 KERNEL = {"kernel": {"tensor": "m"}, "boundary": "circular"}
 
@@ -284,16 +293,7 @@ KERNEL = {"kernel": {"tensor": "m"}, "boundary": "circular"}
         (described("Blur", in_shape=[1, 16384, 1], **{**KERNEL, "boundary": "zero"}), torch.ones(1, 1, dtype=torch.float64)),
         (described("Product", outer=SMALL, inner=area(16384)), torch.ones(64, 1, dtype=torch.float64)),
         (
-            described(
-                "Stack",
-                operators=[
-                    {
-                        "class": "BicubicDownscale",
-                        "arguments": {"in_shape": [1, 4096, 4096], "out_size": [2048, 2048], "boundary": "reflect"},
-                    }
-                ]
-                * 9,
-            ),
+            described("Stack", operators=[bicubic(4096, 2048), bicubic(16000, 8100)]),
             None,
         ),
     ],
@@ -314,6 +314,58 @@ def test_large_pictures_are_not_refused(path: Path) -> None:
     ):
         save_operator(path, operator)
         assert repr(load_operator(path)) == repr(operator)
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        lambda: AreaDownscale((1, 2160, 3840), 4) @ Grayscale((3, 2160, 3840)),
+        lambda: Mask(keep(1, 1, 2048, 3072)) @ Blur(gaussian(5), (3, 2048, 3072), "reflect"),
+    ],
+)
+def test_compositions_of_4k_come_back(operator: Callable[[], LinearOperator], path: Path) -> None:
+    made = operator()
+    save_operator(path, made)
+    loaded = load_operator(path)
+    assert (repr(loaded), loaded.exact, loaded.batch) == (repr(made), made.exact, made.batch)
+
+
+@pytest.mark.parametrize(
+    ("operator", "message"),
+    [
+        (lambda: Identity((3, 20_000, 20_000)), "in_shape: .* expected at most 268435456 values"),
+        (lambda: Grayscale((3, 20_000, 4)), "in_shape: got 20000, expected an integer from 1 to 16384"),
+        (lambda: Stack([Identity(SHAPE)] * 64), "more than 64 operators; use a file for each part"),
+        (lambda: Stack([BicubicDownscale((1, 4096, 4096), 2)] * 9), "smaller picture or fewer operators"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(operator: Callable[[], LinearOperator], message: str, path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        save_operator(path, operator())
+    assert not path.exists()
+
+
+def test_a_small_photo_of_a_huge_batch_is_refused(path: Path) -> None:
+    """Loading it would be cheap, and the first picture made from it a terabyte."""
+    operator = Crop((3, 16384, 5461), (1, 1))
+    save_measurement(path, Measurement(torch.zeros(1, 3, 1, 1), operator))
+    assert load_measurement(path).operator.in_shape == operator.in_shape
+    rewrite(path, {"y": torch.zeros(1000, 3, 1, 1)})
+    with pytest.raises(
+        ValueError, match="operator: asks for a full picture of 5461 x 16384, 1000 in the batch, expected at most"
+    ):
+        load_measurement(path)
+    with pytest.raises(ValueError, match="operator: asks for a full picture"):
+        save_measurement(path, Measurement(torch.zeros(2, 3, 1, 1), operator))
+
+
+def test_a_large_photo_may_have_a_large_picture() -> None:
+    """Four times what is in memory already is no surprise."""
+    photo = torch.empty((40, 1, 2160, 3840), device="meta")
+    check_full_size("photo", (3, 2160, 3840), photo)
+    check_full_size("photo", (1, 4320, 7680), photo)
+    with pytest.raises(ValueError, match="photo: asks for a full picture of 7680 x 4320, 40 in the batch"):
+        check_full_size("photo", (3, 4320, 7680), photo)
 
 
 def test_absurd_sizes_in_the_header_are_refused(path: Path) -> None:

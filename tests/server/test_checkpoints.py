@@ -1,17 +1,36 @@
 """Models survive our sampler bit by bit, and a checkpoint from a file does what the demo prior does."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.server_prompts import SHORT, Prompt, add, inputs, paper_rule, psnr, relink, run, shipped, stock, titled
+from support.server_prompts import (
+    SHORT,
+    Prompt,
+    add,
+    cpigdm,
+    inputs,
+    keep,
+    paper_rule,
+    psnr,
+    relink,
+    restore,
+    run,
+    shipped,
+    stock,
+    titled,
+)
 from support.tiny_checkpoints import write_checkpoint
 
 from dev.server import Server
 from prior.export import write_stock_checkpoint
 
 WORKFLOW = "super_resolution_x8"
+STOCK = (
+    "euler", "dpmpp_2m", "heun", "uni_pc", "dpmpp_2m_sde",
+    "dpm_2", "lms", "euler_ancestral", "dpmpp_sde", "lcm", "ddpm",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +56,22 @@ def check_unchanged(server: Server, prompt: Prompt, loader: str) -> None:
     assert before.std() > 5
     run(server, prompt, cached=(loader,))
     assert np.array_equal(run(server, stock(prompt), cached=(loader,)), before)
+
+
+def test_stock_samplers_are_the_same_around_our_nodes(server: Server, count: Callable[[int, int], int]) -> None:
+    """All with one model object in the server's cache: stock pictures, PSLD, C-PiGDM and Restore, and the stock pictures again."""
+    loader, names = "Load Demo Prior", STOCK[: count(5, len(STOCK))]
+    before = {name: run(server, stock(shipped(WORKFLOW, 4), name)) for name in names}
+    assert len({picture.tobytes() for picture in before.values()}) == len(names)
+    psld, other, whole = (shipped(WORKFLOW, 4) for _ in range(3))
+    cpigdm(other, tau=1.0)
+    restore(whole, method="PSLD", seed=21)
+    for prompt in (psld, other):
+        run(server, keep(prompt, "Result"), cached=(loader,))
+    whole = keep(whole, "Result")
+    assert len(server.run(whole)[titled(whole, "Result")]["images"]) == 1
+    for name in names:
+        assert np.array_equal(run(server, stock(shipped(WORKFLOW, 4), name), cached=(loader,)), before[name]), name
 
 
 def test_demo_prior_is_unchanged_by_a_run(server: Server) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import websocket
-from support.server_prompts import Prompt, add, picture
+from support.server_prompts import Prompt, add, picture, titled
 
 from dev.server import Server, running
 from dev.setup_host import prepare
@@ -62,6 +62,26 @@ def result(server: Server, prompt: Prompt) -> np.ndarray:
     return picture(server, server.run(prompt), prompt, "Result")
 
 
+class Client:
+    """One of several pages: runs a prompt in a thread, and keeps the ids of the prompts it is told about."""
+
+    def __init__(self, server: Server, prompt: Prompt) -> None:
+        self.server, self.prompt, self.prompts = server, prompt, set()
+        self.picture: np.ndarray | None = None
+        self.thread = threading.Thread(target=self.run)
+
+    def run(self) -> None:
+        outputs = self.server.run(self.prompt, self.hear)
+        self.picture = picture(self.server, outputs, self.prompt, "Result")
+
+    def hear(self, message: dict[str, Any]) -> None:
+        told = message.get("data", {})
+        if "prompt_id" in told:
+            self.prompts.add(told["prompt_id"])
+        if message["type"] == "execution_cached":
+            assert titled(self.prompt, "Restore") not in told["nodes"]
+
+
 def memory(server: Server) -> int:
     server.post("/free", {"free_memory": True, "unload_models": False})  # the host's own caches of results are not ours
     time.sleep(2)
@@ -93,22 +113,19 @@ def test_many_prompts(
 
     again = [0, warm - 1, number - 1]
     assert all(np.array_equal(result(server, task(i)), results[i]) for i in again)
-    pair: dict[int, np.ndarray] = {}
-
-    def client(i: int) -> None:
-        pair[i] = result(server, task(i))
-
-    threads = [threading.Thread(target=client, args=(i,)) for i in again[:2]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(np.array_equal(pair[i], results[i]) for i in again[:2])
+    pair = {i: Client(server, task(i)) for i in (1001, 1002)}  # prompts that this server has not seen
+    for client in pair.values():
+        client.thread.start()
+    for client in pair.values():
+        client.thread.join()
+    assert [len(client.prompts) for client in pair.values()] == [1, 1]  # each hears of its own prompt alone
+    assert set.isdisjoint(*(client.prompts for client in pair.values()))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # as the first one has
         with running(server.process.args[0], comfyui, base, tmp_path / "second.log", "--cpu") as fresh:
             assert all(np.array_equal(result(fresh, task(i)), results[i]) for i in again)
+            assert all(np.array_equal(result(fresh, task(i)), client.picture) for i, client in pair.items())
             killed_while_it_samples(fresh, base)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.server_prompts import Prompt, add, inputs, keep, picture, psnr, run, shipped, titled
+from support.server_prompts import Prompt, add, cpigdm, keep, picture, psnr, restore, run, shipped, titled
 
 from dev.server import PromptFailed, Server
 
@@ -13,19 +13,7 @@ from dev.server import PromptFailed, Server
 def restoring(**values: Any) -> Prompt:
     """The box inpainting template with Restore in the place of its sampling nodes."""
     prompt = shipped("inpaint_box")
-    loader = titled(prompt, "Load Demo Prior")
-    given = {"method": "C-PiGDM", "quality": "fast", "seed": 3, "cfg": 1.0, **values}
-    restore = add(
-        prompt,
-        "Restore",
-        "PosteriorRestore",
-        model=[loader, 0],
-        vae=[loader, 2],
-        positive=[titled(prompt, "Positive Prompt"), 0],
-        measurement=[titled(prompt, "Measure (simulate)"), 0],
-        **given,
-    )
-    inputs(prompt, "Result")["images"] = [restore, 0]
+    restore(prompt, **values)
     return keep(prompt, "Result", "Truth", "Hole")
 
 
@@ -64,19 +52,7 @@ def test_a_prompt_strength_without_a_negative_prompt_is_refused(server: Server) 
 def test_cpigdm_sampler_in_a_graph_of_stock_nodes(server: Server, weight: str) -> None:
     prompt = shipped("super_resolution_x8", 10)
     values = {"dual": {"tau": 1.0}, "bayes": {"tau": 1.0, "jacobian": "off"}, "paper": {"w": 15.0, "jacobian": "off"}}[weight]
-    sampler = add(
-        prompt,
-        "C-PiGDM",
-        "PosteriorSamplerCPiGDM",
-        measurement=[titled(prompt, "Measure (simulate)"), 0],
-        vae=[titled(prompt, "Load Demo Prior"), 2],
-        consistency="encoder" if weight == "bayes" else "decoder",
-        inner_steps=3,
-        last_steps=10,
-        weight=weight,
-        **{f"weight.{name}": value for name, value in {**values, "eta": 0.0}.items()},
-    )
-    inputs(prompt, "Sample")["sampler"] = [sampler, 0]
+    cpigdm(prompt, weight, "encoder" if weight == "bayes" else "decoder", **values)
     truth = picture(server, server.run(keep(prompt, "Truth")), prompt, "Truth")
     result = run(server, keep(prompt, "Result"))
     blocks = truth.reshape(16, 8, 16, 8, 3).mean((1, 3)).repeat(8, 0).repeat(8, 1)

@@ -2,11 +2,16 @@
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.server_prompts import SHORT, WORKFLOWS, Prompt, add, inputs, keep, paper_rule, run, shipped, titled
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from support.server_prompts import SHORT, WORKFLOWS, Prompt, add, inputs, keep, paper_rule, relink, run, shipped, titled
+from support.tiny_checkpoints import write_checkpoint, write_controlnet
 
 from dev.server import PromptFailed, Server
 
@@ -180,3 +185,109 @@ def test_pseudo_inverse_that_does_not_converge(server: Server) -> None:
     paper_rule(prompt, glue="adjoint")
     inputs(prompt, "Measure (simulate)")["noise.sigma"] = 0.01
     assert run(server, keep(prompt, "Result")).shape == (128, 128, 3)
+
+
+# Broken models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def broken(base: Path) -> Iterator[dict[str, str]]:
+    """Names of files: a network of NaN, a ControlNet of NaN, a checkpoint with neither VAE nor CLIP, and another family's."""
+    folders = {name: base / "models" / name for name in ("checkpoints", "controlnet")}
+    folders["controlnet"].mkdir(exist_ok=True)
+    paths = {
+        "nan": write_checkpoint(folders["checkpoints"] / "nan.safetensors", "sd15", vae="box"),
+        "sound": write_checkpoint(folders["checkpoints"] / "sound.safetensors", "sd15", vae="box"),
+        "bare": write_checkpoint(folders["checkpoints"] / "bare.safetensors", "sd15", vae=None),
+        "foreign": write_checkpoint(folders["checkpoints"] / "foreign.safetensors", "sd3"),
+        "control": write_controlnet(folders["controlnet"] / "nan_control.safetensors"),
+    }
+    for name in ("nan", "control"):
+        weights = load_file(paths[name])
+        last = "model.diffusion_model.out.2.bias" if name == "nan" else "control_model.middle_block_out.0.bias"
+        save_file({**weights, last: torch.full_like(weights[last], torch.nan)}, paths[name])
+    yield {name: path.name for name, path in paths.items()}
+    for path in paths.values():
+        path.unlink()
+
+
+def load(prompt: Prompt, file: str, *slots: int) -> str:
+    """Take these outputs of the demo prior from a checkpoint."""
+    checkpoint = add(prompt, "Load Checkpoint", "CheckpointLoaderSimple", ckpt_name=file)
+    relink(prompt, titled(prompt, "Load Demo Prior"), checkpoint, slots)
+    return checkpoint
+
+
+def no_vae(prompt: Prompt, files: dict[str, str]) -> None:
+    load(prompt, files["bare"], 2)
+
+
+def no_clip(prompt: Prompt, files: dict[str, str]) -> None:
+    load(prompt, files["bare"], 1)
+
+
+def foreign_vae(prompt: Prompt, files: dict[str, str]) -> None:
+    load(prompt, files["foreign"], 2)
+
+
+def nan_model(prompt: Prompt, files: dict[str, str]) -> None:
+    load(prompt, files["nan"], 0)
+
+
+def nan_photo(prompt: Prompt, files: dict[str, str]) -> None:
+    """Decoded from what a stock sampler makes of that model."""
+    checkpoint = add(prompt, "Load Checkpoint", "CheckpointLoaderSimple", ckpt_name=files["nan"])
+    text, empty = (
+        [titled(prompt, "Positive Prompt"), 0],
+        add(prompt, "e", "EmptyLatentImage", width=128, height=128, batch_size=1),
+    )
+    values = {"seed": 0, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    links = {"model": [checkpoint, 0], "positive": text, "negative": text, "latent_image": [empty, 0]}
+    samples = add(prompt, "Stock Sample", "KSampler", **links, **values)
+    decoded = add(prompt, "Stock Decode", "VAEDecode", samples=[samples, 0], vae=[titled(prompt, "Load Demo Prior"), 2])
+    inputs(prompt, "Measure (simulate)")["image"] = [decoded, 0]
+
+
+def video_latent(prompt: Prompt, files: dict[str, str]) -> None:
+    video = add(prompt, "video", "EmptyHunyuanLatentVideo", width=128, height=128, length=5, batch_size=1)
+    inputs(prompt, "Sample")["latent_image"] = [video, 0]
+
+
+def nan_later(prompt: Prompt, files: dict[str, str]) -> None:
+    """A ControlNet takes part in the second half of the steps only."""
+    load(prompt, files["sound"], 0, 2)
+    net = add(prompt, "ControlNet", "ControlNetLoader", control_net_name=files["control"])
+    texts = {"positive": [titled(prompt, "Positive Prompt"), 0], "negative": [titled(prompt, "Negative Prompt"), 0]}
+    values = {"strength": 1.0, "start_percent": 0.5, "end_percent": 1.0}
+    image = [titled(prompt, "Demo Pictures"), 0]
+    applied = add(prompt, "Apply", "ControlNetApplyAdvanced", **texts, control_net=[net, 0], image=image, **values)
+    inputs(prompt, "Guider").update(positive=[applied, 0], negative=[applied, 1])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (no_vae, r"vae: there is no VAE in it; .* Load one with Load VAE"),
+        (no_clip, r"CLIPTextEncode: .*clip input is invalid: None"),  # ComfyUI's own
+        (foreign_vae, r"vae: its latents have 16 channels, the model's have 4; .*VAE that belongs to this model"),
+        (nan_model, r"SamplerCustomAdvanced: .*step 1 of 4, sigma [\d.]+: the model returned NaN"),
+        (nan_photo, r"PosteriorMeasureSimulate: .*image: has NaN"),
+        (video_latent, r"SamplerCustomAdvanced: .*latent_image: has 5 dimensions"),
+        (nan_later, r"step \d of 4, sigma [\d.]+: the model returned NaN.* step \d, is saved .* as posterior_unfinished_"),
+    ],
+)
+def test_the_server_goes_on_after_broken_models(
+    server: Server, base: Path, broken: dict[str, str], spoil: Callable[[Prompt, dict[str, str]], None], words: str
+) -> None:
+    prompt = shipped("super_resolution_x8", 4)
+    spoil(prompt, broken)
+    before = set((base / "output").glob("*"))
+    with pytest.raises(PromptFailed, match=words) as failed:
+        server.run(keep(prompt, "Result"))
+    new = set((base / "output").glob("*")) - before
+    assert len(new) == (1 if spoil is nan_later else 0)
+    for path in new:
+        assert path.name in str(failed.value)
+        with Image.open(path) as image:
+            assert image.size == (128, 128)
+            assert np.asarray(image).std() > 1

@@ -39,17 +39,17 @@ def start_comfyui(*arguments: str) -> tempfile.TemporaryDirectory:
     return base
 
 
-def load_pack() -> ModuleType:
-    """The pack under the name `comfyui_posterior`, with its nodes, operators and samplers.
+def load_pack(pack: str = PACK) -> ModuleType:
+    """The pack under this name, with its nodes, operators and samplers.
 
     These are other modules than the `samplers` and `operators` that pure tests import.
     """
-    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    spec = importlib.util.spec_from_file_location(pack, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     module = importlib.util.module_from_spec(spec)
-    sys.modules[PACK] = module
+    sys.modules[pack] = module
     spec.loader.exec_module(module)
     for name in ("nodes", "operators", "samplers"):
-        importlib.import_module(f"{PACK}.{name}")
+        importlib.import_module(f"{pack}.{name}")
     return module
 
 

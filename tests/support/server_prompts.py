@@ -73,14 +73,47 @@ def keep(prompt: Prompt, *titles: str) -> Prompt:
     return {key: node for key, node in prompt.items() if key in wanted}
 
 
-def stock(prompt: Prompt) -> Prompt:
-    """The same model, guider, noise and schedule under ComfyUI's euler, decoded and saved; nothing of the pack samples."""
+def stock(prompt: Prompt, sampler: str = "euler") -> Prompt:
+    """The same model, guider, noise and schedule under a sampler of ComfyUI's, decoded and saved; nothing of the pack samples."""
     prompt = json.loads(json.dumps(prompt))
-    inputs(prompt, "Sample")["sampler"] = [add(prompt, "euler", "KSamplerSelect", sampler_name="euler"), 0]
+    inputs(prompt, "Sample")["sampler"] = [add(prompt, "stock sampler", "KSamplerSelect", sampler_name=sampler), 0]
     empty = add(prompt, "empty", "EmptyLatentImage", width=128, height=128, batch_size=1)
     inputs(prompt, "Sample")["latent_image"] = [empty, 0]
     inputs(prompt, "Result")["images"] = [titled(prompt, "Decode"), 0]
     return keep(prompt, "Result")
+
+
+def cpigdm(prompt: Prompt, weight: str = "dual", consistency: str = "decoder", **values: Any) -> None:
+    """Let a shipped workflow sample with the C-PiGDM Sampler; `values` are those of the weight."""
+    sampler = add(
+        prompt,
+        "C-PiGDM",
+        "PosteriorSamplerCPiGDM",
+        measurement=[titled(prompt, "Measure (simulate)"), 0],
+        vae=[titled(prompt, "Load Demo Prior"), 2],
+        consistency=consistency,
+        inner_steps=3,
+        last_steps=10,
+        weight=weight,
+        **{f"weight.{name}": value for name, value in {"eta": 0.0, **values}.items()},
+    )
+    inputs(prompt, "Sample")["sampler"] = [sampler, 0]
+
+
+def restore(prompt: Prompt, **values: Any) -> None:
+    """Let a shipped workflow sample with Restore."""
+    loader = titled(prompt, "Load Demo Prior")
+    node = add(
+        prompt,
+        "Restore",
+        "PosteriorRestore",
+        model=[loader, 0],
+        vae=[loader, 2],
+        positive=[titled(prompt, "Positive Prompt"), 0],
+        measurement=[titled(prompt, "Measure (simulate)"), 0],
+        **{"method": "C-PiGDM", "quality": "fast", "seed": 3, "cfg": 1.0, **values},
+    )
+    inputs(prompt, "Result")["images"] = [node, 0]
 
 
 def run(server: Server, prompt: Prompt, title: str = "Result", cached: tuple[str, ...] = (), **options: Any) -> np.ndarray:
