@@ -20,7 +20,7 @@ endif
 help:
 	@echo "make demo        restore the shipped pictures through the real ComfyUI; results in output/"
 	@echo "make test        the whole suite against the real ComfyUI; HOST=0.16.3 for what touches it, on an older one"
-	@echo "make test-full   the counts that take long, too; report in tests/report.md, of another HOST in report-HOST.md"
+	@echo "make test-full   the counts that take long, too; in two processes; reports in tests/report-*.md"
 	@echo "make serve       start ComfyUI with the pack and its templates"
 	@echo "make bench       speed of the operators and cost of a step; the other benchmarks say themselves how they run"
 	@echo "make checkpoint  write the demo prior as a stock SD 1.5 checkpoint into that ComfyUI's models"
@@ -34,7 +34,9 @@ test:
 	@$(env) -m ruff check . && "$$ENV_PYTHON" -m ruff format --check . && "$$ENV_PYTHON" -m pytest $(parts)
 
 test-full:
-	@$(env) -m pytest --full $(or $(parts),tests)
+	@$(env) -m pytest --full --part in-process $(or $(filter tests/host,$(parts)),tests/host tests/browser) & \
+		$(env) -m pytest --full --part rest $(or $(filter tests/server,$(parts)),tests --ignore=tests/host --ignore=tests/browser); \
+		rest=$$?; wait $$! && exit $$rest
 
 serve:
 	@$(env) dev/serve.py

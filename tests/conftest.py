@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-REPORTS = ROOT / "tests"  # report.md of the newest ComfyUI, report-<version>.md of others
+REPORTS = ROOT / "tests"  # report-<part>.md of the newest ComfyUI, report-<part>-<version>.md of others
 
 _counts = pytest.StashKey[dict[str, int]]()
 _notes = pytest.StashKey[dict[str, list[str]]]()
@@ -20,6 +20,7 @@ _start = pytest.StashKey[float]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="the counts that take long; writes a report into tests/")
+    parser.addoption("--part", help="the report's name, where several processes run a part of the tests each")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,12 +56,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     from dev.setup_host import NEWEST, prepare
 
+    part = config.getoption("--part")
     results = {kind: len(terminalreporter.stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped")}
     comfyui = (prepare()["comfyui"] / "comfyui_version.py").read_text().split('"')[-2]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "hypothesis", "pytest", "safetensors"))
     lines = [
-        "# The last `make test-full`",
+        "# The last `make test-full`" + (f": {part}" if part else ""),
         "",
         f"* {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {(time.monotonic() - config.stash[_start]) / 60:.0f} minutes",
         f"* ComfyUI {comfyui}, Python {platform.python_version()}, {packages}; {platform.machine()}, pack at {commit.stdout.strip()}",
@@ -81,6 +83,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     ]
     for test, notes in sorted(config.stash[_notes].items()):
         lines += ["", f"## {test.removeprefix('tests/')}", "", *(f"* {line}" for line in notes)]
-    report = REPORTS / ("report.md" if comfyui == NEWEST else f"report-{comfyui}.md")
+    report = REPORTS / ("-".join(filter(None, ["report", part, comfyui if comfyui != NEWEST else None])) + ".md")
     report.write_text("\n".join(lines).encode("ascii", "replace").decode() + "\n")
     terminalreporter.write_line(f"report: {report}")
