@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import math
+import numbers
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,12 +57,16 @@ def refuse_unusable(spec: io.Input, value: Any) -> None:
     if value is None:
         # A VAE's own check says where to get one.
         if widget or not (spec.optional or isinstance(spec, io.Vae.Input)):
-            raise ValueError(f"{spec.id}: got nothing. Connect it; if it is connected, the node before it gave nothing")
+            start = "Set" if widget else "Connect"
+            raise ValueError(f"{spec.id}: got nothing. {start} it; if it is connected, the node before it gave nothing")
     elif isinstance(spec, io.Conditioning.Input) and len(value) == 0:
         raise ValueError(f"{spec.id}: is empty, the node before it gave no prompt. Connect a CLIP Text Encode node")
     elif isinstance(spec, io.Combo.Input) and spec.id not in LISTED_ANEW and value not in spec.options:
         raise ValueError(f"{spec.id}: got {str(value)[:80]!r}, expected one of {', '.join(map(str, spec.options))}")
     elif isinstance(spec, io.Int.Input | io.Float.Input):
+        whole = isinstance(spec, io.Int.Input)
+        if not isinstance(value, numbers.Integral if whole else numbers.Real):
+            raise ValueError(f"{spec.id}: got {str(value)[:80]!r}, expected a {'whole ' if whole else ''}number")
         low, high = (-math.inf if spec.min is None else spec.min), (math.inf if spec.max is None else spec.max)
         if not low <= value <= high:
             raise ValueError(f"{spec.id}: got {value}, expected a number from {low} to {high}")

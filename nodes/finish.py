@@ -85,8 +85,7 @@ def finish(x: Tensor, measurement: Measurement, error: float = ERROR, feather: f
     Raises:
         ValueError: the measurement cannot be met exactly and claims no noise.
     """
-    measurement = measurement.to("cpu", torch.float64)  # a copy
-    host.stop_when_interrupted(measurement.operator)
+    measurement = host.stoppable(measurement, torch.float64)
     try:
         agreed = enforce_consistency(x, measurement, 2 * error)
     except ConvergenceError as fault:

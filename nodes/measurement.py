@@ -75,7 +75,7 @@ class MeasureSimulate(io.ComfyNode):
     @classmethod
     def execute(cls, image: Tensor, operator: OperatorRecipe, noise: dict, seed: int) -> io.NodeOutput:
         x = to_signal("image", image)
-        a = operator.on(tuple(x.shape[1:]), x, "use a smaller image")
+        a = operator.on(tuple(x.shape[1:]), "use a smaller image")
         y = a.A(x)
         if noise["noise"] == "Poisson":
             y, sigma = counted(y, measured(a, y), noise["peak"], seed)
@@ -158,8 +158,8 @@ class MeasurementFromPhoto(io.ComfyNode):
     @classmethod
     def execute(cls, photo: Tensor, operator: OperatorRecipe, noise: dict) -> io.NodeOutput:
         y = to_signal("photo", photo)
-        remedy = f"lower the factor ({operator.label}), or use fewer or smaller photos than {y.shape[3]} x {y.shape[2]}"
-        a = operator.on(operator.full_shape(tuple(y.shape[1:])), y, remedy)
+        remedy = f"lower the factor ({operator.label}), or use a smaller photo than {y.shape[3]} x {y.shape[2]}"
+        a = operator.on(operator.full_shape(tuple(y.shape[1:])), remedy)
         if a.out_shape[0] == 1:
             y = grey(y)
         if tuple(y.shape[1:]) != a.out_shape:

@@ -67,8 +67,7 @@ class Consistency(io.ComfyNode):
     @classmethod
     def execute(cls, image: Tensor, measurement: Measurement, gain: float) -> io.NodeOutput:
         x = check_result("image", image, measurement)
-        measurement = measurement.to("cpu", torch.float64)  # a copy
-        host.stop_when_interrupted(measurement.operator)
+        measurement = host.stoppable(measurement, torch.float64)
         photos = single(measurement)
         tall = max(photo.y.shape[2] for photo in photos)
         rows, found = [], []
@@ -80,10 +79,11 @@ class Consistency(io.ComfyNode):
             found.append(compared(again, photo))
         lines = []
         for i in range(len(x)):
-            for k, photo in enumerate(photos):
+            own = measurement.select(i if len(measurement.y) > 1 else 0)
+            best = None if all(part[i].agrees for part in found) else best_residuals(own)
+            for k in range(len(photos)):
                 names = [f"picture {i + 1}"] * (len(x) > 1) + [f"photo {k + 1}"] * (len(photos) > 1)
-                own = measurement.select(i if len(photo.y) > 1 else 0)
-                lines.append(": ".join([*names, verdict(found[k][i], own, k)]))
+                lines.append(": ".join([*names, verdict(found[k][i], best, k)]))
         relative, sigmas = zip(*(overall([part[i] for part in found]) for i in range(len(x))), strict=True)
         agrees = all(one.agrees for part in found for one in part)
         picture = below(*rows)
@@ -157,12 +157,12 @@ def overall(parts: list[Agreement]) -> tuple[float, float]:
     return ratio(residual, size), (weighed / sum(part.count for part in parts)) ** 0.5
 
 
-def verdict(found: Agreement, measurement: Measurement, k: int) -> str:
-    """An agreement with photo k of one picture's measurement in words, and where there is none whether there could be."""
+def verdict(found: Agreement, best: list[float] | str | None, k: int) -> str:
+    """An agreement with photo k in words, and where there is none whether there could be: `best` as from `best_residuals`."""
     noise = f", {found.sigmas:.2f} times the noise" if found.sigma else ""
     text = f"|A x - y| {found.rms:.3g}, {found.relative:.2%} of |y|{noise}: "
     if not found.agrees:
-        return f"{text}does not agree. {remedy(found.limit, measurement, k)}"
+        return f"{text}does not agree. {remedy(found.limit, best, k)}"
     if found.sigma == 0:
         return f"{text}agrees {'exactly' if found.rms <= EXACT else 'to the rounding of 8 bits'}"
     if found.sigmas < 0.5:
@@ -170,38 +170,42 @@ def verdict(found: Agreement, measurement: Measurement, k: int) -> str:
     return f"{text}agrees within the noise"
 
 
-def remedy(limit: float, measurement: Measurement, k: int) -> str:
+def remedy(limit: float, best: list[float] | str, k: int) -> str:
     """What to do about a result that does not agree with photo k: nothing helps when the photos are not of these operators."""
-    try:
-        floors = residual_floors(measurement)
-    except ConvergenceError as fault:
-        return f"Whether any picture could is not known ({fault})"
-    if floors[k] <= limit:
+    if isinstance(best, str):
+        return f"Whether any picture could is not known ({best})"
+    if best[k] <= limit:
         return "It can be met: the Finish node or more steps bring it closer"
-    if len(floors) > 1:
+    if len(best) > 1:
         return (
-            f"No likely picture that fits the other photos, too, brings it below {floors[k]:.3g}: they are not of one picture, or an "
-            f"operator did not make its photo. Check that they are aligned, and each operator; or set sigma to {floors[k]:.2g}"
+            f"The best compromise between the photos leaves {best[k]:.3g} here: they are not of one picture, or an operator did not make "
+            f"its photo. Check that they are aligned, and each operator; or set sigma to {best[k]:.2g}"
         )
     return (
-        f"No likely picture brings it below {floors[k]:.3g}: this operator did not make this photo. Check the operator's kind, numbers "
-        f"and order; or, if the photo has more noise than was said, set sigma to {floors[k]:.2g}"
+        f"No likely picture brings it below {best[k]:.3g}: this operator did not make this photo. Check the operator's kind, numbers and "
+        f"order; or, if the photo has more noise than was said, set sigma to {best[k]:.2g}"
     )
 
 
-def residual_floors(measurement: Measurement) -> list[float]:
-    """The residuals that no picture goes below, root mean square on the 0 to 1 scale, of each photo; of one picture, in float64.
+def best_residuals(measurement: Measurement) -> list[float] | str:
+    """What the picture that fits best leaves of |A x - y|, root mean square on the 0 to 1 scale, for each combined photo.
 
     Without noise ||(I - A A^+) y||, exactly. With noise the residual of argmin ||A x - y||^2 / sigma^2 + ||x||^2: pictures are
     spread about 1 in each direction, so that what A passes on by less than sigma is noise, and a photo with more there is not
-    a photo through A. Masks, downscaling, and black and white can give any photo: their floor is 0, whoever made it.
+    a photo through A. Masks, downscaling, and black and white can give any photo: a single one then has 0, whoever made it.
 
-    Raises:
-        ConvergenceError: an operator without a closed form whose iterations do not end.
+    Args:
+        measurement: of one picture, in float64.
+
+    Returns:
+        The residuals, or why they are not known: the iterations of an operator without a closed form do not end.
     """
     start = torch.zeros((1, *measurement.operator.in_shape), dtype=measurement.y.dtype)
     weight = 1 / measurement.sigma**2 if measurement.sigma else math.inf
-    best = measurement.operator.prox_l2(start, measurement.y, weight)
+    try:
+        best = measurement.operator.prox_l2(start, measurement.y, weight)
+    except ConvergenceError as fault:
+        return str(fault)
     return [compared(photo.operator.A(best), photo)[0].rms for photo in single(measurement)]
 
 

@@ -13,7 +13,7 @@ from . import host
 from .finish import finish
 from .pictures import heat, shown
 from .plot import residual_plot
-from .samplers import LIGHTER, RUN_INPUTS, stoppable
+from .samplers import LIGHTER, RUN_INPUTS
 from .types import CATEGORY, MeasurementType, to_image, to_signal
 
 CALLS = {  # network calls; PSLD's also take a gradient through the network
@@ -140,9 +140,9 @@ class Restore(io.ComfyNode):
         negative = positive if negative is None else negative
         exact = measurement.to("cpu", torch.float64)
         # A measurement that cannot be met is found out before the sampling, not after.
-        finish(fill_unseen(stoppable(exact)), exact)
+        finish(fill_unseen(host.stoppable(exact)), exact)
         window, wide = widened(exact, host.latent_ratio(vae))
-        filled = to_image(fill_unseen(stoppable(wide))).clamp(0, 1)
+        filled = to_image(fill_unseen(host.stoppable(wide))).clamp(0, 1)
         sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler)
         solve, options = SOLVERS[method]
         run = {"memory": memory, "unique_id": host.node_id(cls)}

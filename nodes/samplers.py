@@ -146,7 +146,7 @@ class SamplerPSLD(io.ComfyNode):
     def _try_pseudo_inverse(measurement: Measurement) -> None:
         """Every step takes one: better to find out here that the iterations do not end."""
         try:
-            own = stoppable(measurement)
+            own = host.stoppable(measurement)
             own.operator.A_dagger(own.y)
         except ConvergenceError as fault:
             raise ValueError(
@@ -305,14 +305,7 @@ class StartLatent(io.ComfyNode):
         size = host.latent_size(vae, measurement.operator.in_shape)
         if start == "noise":
             return io.NodeOutput({"samples": torch.zeros((len(measurement.y), *size))})
-        return io.NodeOutput({"samples": vae.encode(to_image(fill_unseen(stoppable(measurement))).clamp(0, 1))})
-
-
-def stoppable(measurement: Measurement) -> Measurement:
-    """A copy that notices a cancelled run, also within the iterations of a solve."""
-    own = measurement.to(measurement.y.device, copy=True)
-    host.stop_when_interrupted(own.operator)
-    return own
+        return io.NodeOutput({"samples": vae.encode(to_image(fill_unseen(host.stoppable(measurement))).clamp(0, 1))})
 
 
 NODES = [SamplerPSLD, SamplerCPiGDM, StartLatent]

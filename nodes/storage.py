@@ -39,6 +39,8 @@ class SaveMeasurement(io.ComfyNode):
         path, saved = files.new("filename_prefix", filename_prefix, SUFFIX)
         try:
             save_measurement(path, measurement)
+        except ValueError as error:
+            raise ValueError(f"measurement: {error}") from error
         except OSError as error:
             raise ValueError(
                 f"filename_prefix: {path} cannot be written ({error.strerror or error}); choose another name or make room"

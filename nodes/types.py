@@ -32,18 +32,17 @@ class OperatorRecipe:
     bind: Callable[[Shape], LinearOperator]
     full_shape: Callable[[Shape], Shape] = lambda shape: shape
 
-    def on(self, full: Shape, given: Tensor, remedy: str) -> LinearOperator:
+    def on(self, full: Shape, remedy: str) -> LinearOperator:
         """The operator for full pictures of shape (C, H, W). Whoever binds a recipe to pictures of the user does it here.
 
         Args:
-            given: the pictures or photos, (B, c, h, w), that the size follows from.
-            remedy: what to change where it is too large.
+            remedy: what to change where they are too large.
 
         Raises:
-            ValueError: full pictures that no memory can be expected for, or that the operator does not fit.
+            ValueError: a huge full picture, or one that the operator does not fit.
         """
         try:
-            check_full_size("operator", full, given)
+            check_full_size("operator", full)
         except ValueError as error:
             raise ValueError(f"{error}; {remedy}") from error
         return self.bind(full)

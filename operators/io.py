@@ -37,29 +37,39 @@ from .stack import Stack
 
 VERSION = "1"
 MAX_SIDE = 16384  # of a picture
-MAX_VALUES = 2**28  # of a picture or a batch of them; 2 GiB in float64
+MAX_VALUES = 2**28  # of a full picture; 2 GiB in float64
+MAX_RATIO = 64  # of a larger batch's full pictures to what the file holds: eight times as wide and high
 MAX_OPERATORS = 64
 MAX_BUILT = 2**28  # numbers of 8 bytes that a file may ask for: a few hundred bytes can declare matrices of gigabytes
 
 StrPath = str | os.PathLike[str]
 
 
-def check_full_size(name: str, in_shape: Shape, y: Tensor) -> None:
-    """Refuse full pictures that are huge and much larger than their photos: memory for y is no memory for those.
+def check_full_size(name: str, in_shape: Shape) -> None:
+    """Refuse huge full pictures: a photo that is in memory says nothing about memory for one 64 times as wide.
 
     Args:
         name: what to call them in the message.
         in_shape: (C, H, W) of a full picture.
-        y: the photos, one for each picture, the batch first.
 
     Raises:
-        ValueError: a side of more than 16384, or more values than 2^28 and than four times those of y, the batch together.
+        ValueError: a side of more than 16384, or more than 2^28 values.
     """
-    (c, h, w), most = in_shape, max(MAX_VALUES, 4 * y.numel())
-    if max(h, w) > MAX_SIDE or len(y) * c * h * w > most:
+    c, h, w = in_shape
+    if max(h, w) > MAX_SIDE or c * h * w > MAX_VALUES:
         raise ValueError(
-            f"{name}: asks for a full picture of {w} x {h}, {len(y)} in the batch, expected at most {MAX_SIDE} pixels a side, "
-            f"and {most // c / 1e6:.0f} million in all"
+            f"{name}: asks for a full picture of {w} x {h}, expected at most {MAX_SIDE} pixels a side and {MAX_VALUES // c / 1e6:.0f} "
+            "million in all"
+        )
+
+
+def _check_batch(measurement: Measurement) -> None:
+    """Refuse full pictures out of all proportion to their photos: a small file could declare a thousand huge ones."""
+    (c, h, w), count, values = measurement.operator.in_shape, len(measurement.y), measurement.y.numel()
+    if count * c * h * w > max(MAX_VALUES, MAX_RATIO * values):
+        raise ValueError(
+            f"y: a batch of {count} photos of {values // count} values each, with full pictures of {w} x {h}, is more than a file may "
+            "ask for; use a file for each photo"
         )
 
 
@@ -89,7 +99,8 @@ def load_operator(path: StrPath) -> LinearOperator:
 
 def save_measurement(path: StrPath, measurement: Measurement) -> None:
     """Write a measurement: y in its own dtype, operator and sigma ([-1, 1] units). Errors as for `save_operator`."""
-    check_full_size("operator", measurement.operator.in_shape, measurement.y)
+    check_full_size("operator", measurement.operator.in_shape)
+    _check_batch(measurement)
     tensors = {"y": measurement.y}
     description = json.dumps(_describe(measurement.operator, "operator", tensors, _Budget()))
     _save(path, "measurement", tensors, operator=description, sigma=json.dumps(float(measurement.sigma)))
@@ -102,8 +113,9 @@ def load_measurement(path: StrPath) -> Measurement:
         y = file.tensor("y", "y", (torch.float16, torch.bfloat16, torch.float32, torch.float64), 4)
         sigma = _number("sigma", file.json("sigma"))
         file.finish()
-        check_full_size("operator", operator.in_shape, y)
-        return file.build("measurement", lambda: Measurement(y, operator, sigma))
+        measurement = file.build("measurement", lambda: Measurement(y, operator, sigma))
+        file.build("measurement", lambda: (check_full_size("operator", operator.in_shape), _check_batch(measurement)))
+        return measurement
 
 
 # What is written for each class ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ notices. ComfyUI is imported inside functions: a renamed internal then fails one
 
 from .codec import Codec, check_sizes, check_vae, latent_ratio, latent_size
 from .demo_models import null_clip, picture_vae, slim_sd15
-from .faults import naming_lack_of_memory, stop_when_interrupted
+from .faults import naming_lack_of_memory, stoppable
 from .gradients import differentiable_options, gradients, normal_tensors, normal_weights
 from .internals import naming_what_is_missing, without
 from .loading import resident, static_patcher
@@ -64,6 +64,6 @@ __all__ = [
     "state_of",
     "static_patcher",
     "stock_sampler",
-    "stop_when_interrupted",
+    "stoppable",
     "without",
 ]

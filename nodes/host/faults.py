@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...operators import LinearOperator
+from ...operators import LinearOperator, Measurement
 from .internals import without
-from .memory import out_of_memory
 from .readout import throw_if_interrupted
 
 
@@ -23,19 +22,25 @@ def check_finite(tensor: Tensor, message: str) -> None:
         raise NotFinite(message)
 
 
+class MainMemoryFull(MemoryError):
+    """A lack of main memory, in words."""
+
+
 @contextlib.contextmanager
 def naming_lack_of_memory() -> Iterator[None]:
     """Inside, a lack of main memory is an error in words. Of a lack on a device ComfyUI says itself what helps, and unloads models.
 
     Raises:
-        MemoryError: PyTorch or Python could not allocate.
+        MainMemoryFull: PyTorch or Python could not allocate.
     """
     try:
         yield
+    except MainMemoryFull:
+        raise
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError) or not out_of_memory(error):
+        if not (isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
             raise
-        raise MemoryError(f"main memory is full ({error}); smaller or fewer pictures need less") from error
+        raise MainMemoryFull(f"main memory is full ({error}); smaller or fewer pictures need less") from error
 
 
 def stoppable_backward() -> torch.autograd.graph.saved_tensors_hooks:
@@ -53,6 +58,13 @@ def stoppable_backward() -> torch.autograd.graph.saved_tensors_hooks:
         return tensor
 
     return torch.autograd.graph.saved_tensors_hooks(save, read)
+
+
+def stoppable(measurement: Measurement, dtype: torch.dtype | None = None) -> Measurement:
+    """A copy on the CPU that notices a cancelled run, also within the iterations of a solve."""
+    own = measurement.to("cpu", dtype or measurement.y.dtype, copy=True)
+    stop_when_interrupted(own.operator)
+    return own
 
 
 def stop_when_interrupted(operator: LinearOperator) -> None:

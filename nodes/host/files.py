@@ -54,15 +54,14 @@ def new(argument: str, prefix: str, suffix: str) -> tuple[Path, dict[str, str]]:
         raise ValueError(
             f"{argument}: got {prefix!r}, expected a name within ComfyUI's output folder, for example measurements/posterior"
         )
-    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(os.path.normpath(prefix), str(root))
     try:
-        while (
-            Path(folder) / (file := f"{name}_{number:05}_{suffix}")
-        ).exists():  # the host counts files of other kinds otherwise
+        folder, name, number, subfolder, _ = folder_paths.get_save_image_path(os.path.normpath(prefix), str(root))
+        # The host counts files of other kinds otherwise.
+        while (Path(folder) / (file := f"{name}_{number:05}_{suffix}")).exists():
             number += 1
     except OSError as error:
         raise ValueError(
-            f"{argument}: {name[:40]}... is no name for a file ({error.strerror}); choose a shorter one"
+            f"{argument}: {prefix[:80]!r} cannot be made a file ({error.strerror}); choose another name"
         ) from error
     return Path(folder) / file, {"filename": file, "subfolder": subfolder, "type": "output"}
 

@@ -112,10 +112,12 @@ def resident(guider: Any, vae: Any, memory: float, network_gradient: bool = True
         mm.load_models_gpu(patchers, memory_required=memory, force_full_load=True)
         for twin in twins:
             twin.pre_run()
-        called += control_networks(guider)
+        of_controls = list(control_networks(guider))
+        called += of_controls
         for network in (*(patcher.model for patcher in patchers), *called):
             of_vae = vae_patcher is not None and network is vae_patcher.model
-            normal_weights(network, network_gradient or of_vae, "vae" if of_vae else "model")
+            role = "vae" if of_vae else "positive, negative" if network in of_controls else "model"
+            normal_weights(network, network_gradient or of_vae, role)
         yield Loaded(None if vae_patcher is None else vae_patcher.model, list(dict.fromkeys(called)))
     finally:
         for twin in twins:

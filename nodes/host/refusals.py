@@ -61,10 +61,9 @@ def check_prompts(guider: Any) -> None:
     for kind, group in guider.conds.items():
         for cond in group:
             conds = {name: getattr(part, "cond", None) for name, part in cond.get("model_conds", {}).items()}
-            if not all(bool(torch.isfinite(part).all()) for part in conds.values() if isinstance(part, Tensor)):
-                raise ValueError(
-                    f"{kind}: has NaN or infinite values; the node that encoded the prompt, or its CLIP, went wrong"
-                )
+            # Masks of attention hold -inf on purpose.
+            if any(bool(torch.isnan(part).any()) for part in conds.values() if isinstance(part, Tensor)):
+                raise ValueError(f"{kind}: has NaN values; the node that encoded the prompt, or its CLIP, went wrong")
             text = conds.get("c_crossattn")
             if isinstance(width, int) and isinstance(text, Tensor) and text.shape[-1] != width:
                 raise ValueError(

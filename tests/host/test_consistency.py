@@ -154,7 +154,7 @@ KINDS: dict[str, Callable[[ModuleType], Bind]] = {
 def test_the_true_operator_is_never_blamed(nodes: ModuleType, pack: ModuleType, kind: str, sigma: float) -> None:
     measurement = measure(nodes, detailed(), KINDS[kind](pack), sigma)
     with torch.inference_mode():
-        (floor,) = nodes.readouts.residual_floors(measurement)
+        (floor,) = nodes.readouts.best_residuals(measurement)
     assert floor <= 1.1 * sigma
 
 
@@ -167,7 +167,7 @@ def test_floor_without_noise_is_the_part_of_the_photo_outside_the_range(nodes: M
     inside = left[:, : int((values > 1e-9).sum())]
     outside = y.flatten() - inside @ (inside.T @ y.flatten())
     assert inside.shape[1] < 144
-    (floor,) = nodes.readouts.residual_floors(pack.operators.Measurement(y, operator))
+    (floor,) = nodes.readouts.best_residuals(pack.operators.Measurement(y, operator))
     assert floor == pytest.approx(float(outside.square().mean().sqrt()) / 2, rel=1e-9)
 
 

@@ -18,9 +18,16 @@ def find(pack: ModuleType, name: str) -> Any:
         ("BlurOperator", {"kernel": {"kernel": "disk", "radius": 1e30}, "boundary": "zero"}, "radius: got 1e[+]30"),
         ("DemoPictures", {"first": 0, "count": -1}, "count: got -1, expected a number from 1 to 64"),
         ("DemoPictures", {"first": 0, "count": 2**70}, "count: got 1180591620717411303424"),
+        ("DemoPictures", {"first": 1.5, "count": 1}, "first: got '1.5', expected a whole number"),
+        ("Downscale", {"method": {"method": "area", "factor": "2"}}, "factor: got '2', expected a whole number"),
+        (
+            "BlurOperator",
+            {"kernel": {"kernel": "disk", "radius": [2]}, "boundary": "zero"},
+            r"radius: got '\[2\]', expected a number",
+        ),
     ],
 )
-def test_numbers_out_of_range(node: str, given: dict[str, Any], message: str, pack: ModuleType) -> None:
+def test_numbers_out_of_range_and_what_is_no_number(node: str, given: dict[str, Any], message: str, pack: ModuleType) -> None:
     with pytest.raises(ValueError, match=message):
         find(pack, node).execute(**given)
 
@@ -46,7 +53,7 @@ RESTORE = {"model": 1, "vae": 1, "positive": [1], "measurement": 1, "method": "P
         ("Restore", {**RESTORE, "positive": None}, "positive: got nothing. Connect it"),
         ("Restore", {**RESTORE, "positive": []}, "positive: is empty, the node before it gave no prompt"),
         ("Restore", {**RESTORE, "negative": []}, "negative: is empty, the node before it gave no prompt"),
-        ("Restore", {**RESTORE, "samples": None}, "samples: got nothing"),
+        ("Restore", {**RESTORE, "samples": None}, "samples: got nothing. Set it"),
         ("Restore", {**RESTORE, "method": "X"}, "method: got 'X', expected one of C-PiGDM, PSLD"),
         ("Finish", {"image": None, "measurement": 1, "error": 0.05}, "image: got nothing. Connect it"),
         (

@@ -6,6 +6,7 @@ import gc
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -336,6 +337,17 @@ def test_out_of_memory_in_finish_says_what_helps(h: Host) -> None:
     ):
         finish(image, measurement, 0.05)
     assert torch.equal(finish(image, measurement, 0.05).args[0], expected)
+
+
+def test_lack_of_memory_is_named_once_and_on_a_device_left_to_comfyui(pack: ModuleType) -> None:
+    named = pack.nodes.host.naming_lack_of_memory
+    with pytest.raises(MemoryError) as failed, named(), named():
+        raise MemoryError("1 TB")
+    assert str(failed.value) == "main memory is full (1 TB); smaller or fewer pictures need less"
+    for error in (torch.cuda.OutOfMemoryError("x"), torch.AcceleratorError("CUDA error: out of memory", 2)):
+        with pytest.raises(type(error)) as failed, named():
+            raise error
+        assert failed.value is error
 
 
 # Inside Restore ---------------------------------------------------------------------------------------------------------

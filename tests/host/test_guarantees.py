@@ -175,10 +175,10 @@ def following(h: Host, method: str, measurement: Any, residuals: list[float]) ->
 
 @pytest.mark.parametrize("method", FOLLOWING)
 @pytest.mark.parametrize("kind", ["area", "mask", "blur"])
-def test_guidance_never_ends_further_from_the_photo_than_ddim(
+def test_the_last_correction_never_ends_further_from_the_photo(
     kind: str, method: str, hosts: Callable[..., Host], count: Callable[[int, int], int]
 ) -> None:
-    """Nor than the network's own last estimate, even where a network that went astray has saturated the decoder.
+    """Than the network's own last estimate, from which DDIM would end, even where a network gone astray has saturated the decoder.
 
     PSLD by the paper's rule promises neither: its steps have one length, wherever they lead.
     """

@@ -255,6 +255,20 @@ def test_nan_from_the_model_names_the_noise_level(hosts: Callable[..., Host]) ->
         h.sample(h.sampler(probe), guider=Host(h.pack, "sd15", model, h.vae).guider(), sigmas=torch.tensor([2.0, 1.0]))
 
 
+def test_masks_of_attention_may_hold_minus_infinity(hosts: Callable[..., Host]) -> None:
+    """StyleModelApply makes them so."""
+    import comfy.conds
+
+    h = hosts("sd15")
+    guider, mask = h.guider(), torch.tensor([1.0, 0.0]).log()
+    guider.inner_model = h.model.model
+    guider.conds = {"positive": [{"model_conds": {"attention_mask": comfy.conds.CONDRegular(mask)}}]}
+    h.pack.nodes.host.refusals.check_prompts(guider)
+    guider.conds["positive"][0]["model_conds"]["attention_mask"].cond[0] = torch.nan
+    with pytest.raises(ValueError, match="positive: has NaN values"):
+        h.pack.nodes.host.refusals.check_prompts(guider)
+
+
 # Models in memory -------------------------------------------------------------------------------------------------------
 
 

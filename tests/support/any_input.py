@@ -18,7 +18,7 @@ from torch import Tensor
 SIDES = (1, 2, 3, 5, 8, 9, 16, 17, 24, 40, 64)
 WILD = (-1.0, -1e30, 1e30, 1e9, math.nan, math.inf, -math.inf, 0.0)
 HOSTILE = (
-    "", ".", "a", "../x", "a/../../x", "/etc/passwd", "/etc/passwd [output]", "../../input [temp]", "x\0y", "%date%", "a" * 250, "~", "C:\\x",
+    "", ".", "a", "../x", "a/../../x", "/etc/passwd", "/etc/passwd [output]", "../../input [temp]", "x\0y", "%date%", "a" * 250, "a" * 300 + "/b", "~", "C:\\x",
     "\\\\host\\share", "x.safetensors", "../x.safetensors [output]", "x.safetensors [temp]", "x [nowhere]",
 )  # fmt: skip
 
