@@ -21,7 +21,7 @@ help:
 	@echo "make demo        restore the shipped pictures through the real ComfyUI; results in output/"
 	@echo "make test        the whole suite against the real ComfyUI; HOST=0.16.3 for what touches it, on an older one"
 	@echo "make test-full   the counts that take long, too; in two processes; reports in tests/report-*.md"
-	@echo "make serve       start ComfyUI with the pack and its templates"
+	@echo "make serve       start ComfyUI with the pack and its templates; PORT=8200 for a port of your own"
 	@echo "make bench       speed of the operators and cost of a step; the other benchmarks say themselves how they run"
 	@echo "make checkpoint  write the demo prior as a stock SD 1.5 checkpoint into that ComfyUI's models"
 	@echo "make train-prior train the demo prior from nothing (hours; resumable)"

@@ -1,4 +1,7 @@
-"""make serve: ComfyUI with the pack and its templates, until Ctrl-C. Arguments go to ComfyUI, for example --cpu."""
+"""make serve: ComfyUI with the pack and its templates, until Ctrl-C; `make serve PORT=8200` for a port of your own.
+
+Arguments go to ComfyUI, for example --cpu.
+"""
 
 import os
 import socket
@@ -8,7 +11,7 @@ from pathlib import Path
 from server import command, free_port
 from setup_host import SetupError, prepare
 
-PORT = 8188  # ComfyUI's own, when nobody has it
+USUAL_PORT = 8188  # ComfyUI's own, when nobody has it
 
 
 def has_gpu() -> bool:
@@ -19,7 +22,7 @@ def has_gpu() -> bool:
 
 def pick_port() -> int:
     with socket.socket() as s:
-        return PORT if s.connect_ex(("127.0.0.1", PORT)) else free_port()
+        return USUAL_PORT if s.connect_ex(("127.0.0.1", USUAL_PORT)) else free_port()
 
 
 def model_folders(comfyui: Path, base: Path) -> list[str]:
@@ -37,7 +40,7 @@ def main() -> int:
     except SetupError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return 1
-    base, port = paths["base"], pick_port()
+    base, port = paths["base"], int(os.environ.get("PORT") or pick_port())
     extra = sys.argv[1:] or ([] if has_gpu() else ["--cpu"])
     extra += ["--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}"]
     if os.environ.get("COMFYUI_DIR"):

@@ -218,6 +218,7 @@ class Uncertainty(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PosteriorUncertainty",
+            is_output_node=True,
             display_name="Uncertainty",
             category=CATEGORY,
             description="Which details are invented: the mean of several results for one photo, and how much they differ at each pixel.",

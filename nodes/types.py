@@ -45,7 +45,10 @@ class OperatorRecipe:
             check_full_size("operator", full)
         except ValueError as error:
             raise ValueError(f"{error}; {remedy}") from error
-        return self.bind(full)
+        try:
+            return self.bind(full)
+        except ValueError as error:  # which names an input of the operator's node
+            raise ValueError(f"operator: {error}") from error
 
     def after(self, first: "OperatorRecipe | None") -> "OperatorRecipe":
         """The recipe for: `first` happened to the picture, and then this."""
