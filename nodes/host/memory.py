@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from .gradients import differentiable_options, gradients
 from .internals import missing, without
@@ -197,17 +197,17 @@ def _measure(network: nn.Module, run: Callable[..., Any], x: Tensor, given: dict
     """Run a skeleton of the network on fake tensors and add up what autograd saves, in all and block by block."""
     twin = _skeleton(network, x.device)
     weights = {tensor.untyped_storage()._cdata for tensor in (*twin.parameters(), *twin.buffers())}
-    everything: dict[int, Tensor] = {}
-    outside: dict[int, Tensor] = {}
-    inside: list[dict[int, Tensor]] = []
+    # Storages, and not tensors: a tensor that a hook hands back holds the graph that holds the tensor, and nobody frees the two.
+    everything: dict[int, UntypedStorage] = {}
+    outside: dict[int, UntypedStorage] = {}
+    inside: list[dict[int, UntypedStorage]] = []
     current = outside
 
-    def save(tensor: Tensor, *places: dict[int, Tensor]) -> Tensor:
-        key = tensor.untyped_storage()._cdata
-        if key not in weights:
+    def save(tensor: Tensor, *places: dict[int, UntypedStorage]) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
             for place in places:
-                place[key] = tensor
-        return tensor
+                place[storage._cdata] = storage
 
     def recorded(forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -224,18 +224,18 @@ def _measure(network: nn.Module, run: Callable[..., Any], x: Tensor, given: dict
 
         return call
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: save(t, everything, current), lambda t: t)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: save(t, everything, current), lambda _: None)
     with replaced_forwards(blocks(twin), recorded), hooks:
         run(twin, x.requires_grad_(), **(given or {}))
 
-    def size(tensors: dict[int, Tensor]) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+    def size(storages: dict[int, UntypedStorage]) -> int:
+        return sum(storage.nbytes() for storage in storages.values())
 
     return Stage(
         saved=size(everything),
         kept=size(outside),
         block=max((size(block) for block in inside), default=0),
-        largest=max((tensor.untyped_storage().nbytes() for tensor in everything.values()), default=0),
+        largest=max((storage.nbytes() for storage in everything.values()), default=0),
     )
 
 
