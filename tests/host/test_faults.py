@@ -203,16 +203,10 @@ def test_finish_is_cancelled_within_a_solve(h: Host) -> None:
 
 
 def objects() -> dict[str, int]:
-    """How many there are of what a run makes and hooks on.
-
-    Without single numbers: PyTorch itself keeps three of each estimate of memory (fake tensors), some hundred bytes.
-    """
+    """How many there are of what a run makes and hooks on, the fake tensors of an estimate too."""
     gc.collect()
-    kinds = (Tensor, nn.Parameter, RemovableHandle)
-    found = [thing for thing in gc.get_objects() if type(thing) in kinds]
-    return {
-        kind.__name__: sum(type(thing) is kind and (kind is not Tensor or thing.dim() > 0) for thing in found) for kind in kinds
-    }
+    found = [type(thing) for thing in gc.get_objects() if issubclass(type(thing), Tensor | RemovableHandle)]
+    return {kind.__name__: found.count(kind) for kind in set(found)}
 
 
 def test_nothing_is_left_of_many_mixed_runs(h: Host, count: Callable[[int, int], int]) -> None:
