@@ -30,7 +30,7 @@ def box_mask(shape: Shape, size: int | tuple[int, int], corner: tuple[int, int] 
         raise ValueError(f"size, corner: got {height} x {width} pixels at {(top, left)}, expected a box inside {h} x {w}")
     inside = torch.zeros(1, 1, h, w)
     inside[..., top : top + height, left : left + width] = 1
-    return _checked(inside if invert else 1 - inside)
+    return _checked("size", inside if invert else 1 - inside)
 
 
 def random_mask(shape: Shape, fraction: float, seed: int = 0, per_channel: bool = False) -> Tensor:
@@ -45,7 +45,7 @@ def random_mask(shape: Shape, fraction: float, seed: int = 0, per_channel: bool 
     c, h, w = as_shape("shape", shape)
     channels = c if per_channel else 1
     lost = _lost_at_random(channels * h * w, fraction, seed)
-    return _checked((~lost).float().reshape(1, channels, h, w))
+    return _checked("fraction", (~lost).float().reshape(1, channels, h, w))
 
 
 def stripe_mask(
@@ -87,7 +87,7 @@ def stripe_mask(
     rows = torch.ones(h) if direction == "vertical" else kept(h, seed)
     # Another seed for the columns, or a square picture would lose the same lines both ways.
     columns = torch.ones(w) if direction == "horizontal" else kept(w, seed + (direction == "both"))
-    return _checked(torch.outer(rows, columns)[None, None])
+    return _checked("period, width, fraction", torch.outer(rows, columns)[None, None])
 
 
 def _lost_at_random(count: int, fraction: float, seed: int) -> Tensor:
@@ -100,7 +100,7 @@ def _lost_at_random(count: int, fraction: float, seed: int) -> Tensor:
     return lost
 
 
-def _checked(keep: Tensor) -> Tensor:
+def _checked(names: str, keep: Tensor) -> Tensor:
     if not bool(keep.any()):
-        raise ValueError("this mask loses every pixel; at least one must be observed")
+        raise ValueError(f"{names}: every pixel would be lost; at least one must be observed")
     return keep

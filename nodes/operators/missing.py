@@ -117,8 +117,8 @@ class MissingPixels(io.ComfyNode):
             return cls._from_mask(given["mask"], given["threshold"])
         if kind == "box":
             corner, size = (given["y"], given["x"]), (given["height"], given["width"])
-            # A box far out needs a large picture, which is shown smaller.
-            extent = [max(PREVIEW, at + side) for at, side in zip(corner, size, strict=True)]
+            # A large box, or one far out, needs a larger picture around it, which is shown smaller.
+            extent = [max(PREVIEW, at + side + side // 4 + 1) for at, side in zip(corner, size, strict=True)]
             shrink = -(-max(extent) // (4 * PREVIEW))
             whole = [n // shrink for n in extent]
             shown_size = [max(1, n // shrink) for n in size]

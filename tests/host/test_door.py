@@ -79,10 +79,13 @@ def test_the_choice_alone_decides_which_range_counts(pack: ModuleType) -> None:
     assert blur.execute(kernel={"kernel": "disk", "radius": 0.3}, boundary="zero").args
 
 
-def test_a_far_box_is_shown_small(pack: ModuleType) -> None:
+@pytest.mark.parametrize(
+    "box", [(16384, 0, 16384, 1), (0, 16384, 1, 1), (0, 0, 512, 512), (0, 0, 16384, 16384), (0, 0, 256, 1)]
+)
+def test_any_box_is_shown_small(box: tuple[int, int, int, int], pack: ModuleType) -> None:
     """Its picture is never made: four gigabytes for a preview."""
-    box = {"pattern": "box", "x": 16384, "y": 0, "width": 16384, "height": 1}
-    _, _, preview = find(pack, "MissingPixels")._pattern(box)
+    given = {"pattern": "box", **dict(zip(("x", "y", "width", "height"), box, strict=True))}
+    _, _, preview = find(pack, "MissingPixels")._pattern(given)
     assert max(preview.shape) <= 1024
     assert bool((preview == 0).any())
     assert bool((preview == 1).any())
