@@ -39,9 +39,9 @@ def match_by_decoder(
     fit = None
     goal = measurement.sigma**2 * entries
     z = z.detach()
-    # No step is longer than z itself, or unit variance: the line search knows no bound where the decoder hardly reacts, as one does
-    # that a network gone astray has saturated.
-    longest = z.flatten(1).norm(dim=1).clamp(min=z[0].numel() ** 0.5)
+    # No step is longer than four times z itself, or unit variance: the line search knows no bound where the decoder hardly reacts,
+    # as one does that a network gone astray has saturated.
+    longest = 4 * z.flatten(1).norm(dim=1).clamp(min=z[0].numel() ** 0.5)
     before = direction = torch.zeros_like(z)
     for _ in range(steps):
         with torch.enable_grad():
