@@ -30,13 +30,18 @@ help:
 demo:
 	@$(env) dev/demo.py
 
+# Two processes for two cores; what the first says comes after what the second does.
+in_process = $(or $(filter tests/host,$(parts)),tests/host tests/browser)
+rest = $(or $(filter tests/server,$(parts)),tests --ignore=tests/host --ignore=tests/browser)
+both = { log="$$(mktemp)"; "$$ENV_PYTHON" -m pytest $(1) --part in-process $(in_process) >"$$log" 2>&1 & \
+	"$$ENV_PYTHON" -m pytest $(1) --part rest $(rest); rest=$$?; \
+	wait $$!; in_process=$$?; cat "$$log"; rm "$$log"; exit $$((rest | in_process)); }
+
 test:
-	@$(env) -m ruff check . && "$$ENV_PYTHON" -m ruff format --check . && "$$ENV_PYTHON" -m pytest $(parts)
+	@$(env) -m ruff check . && "$$ENV_PYTHON" -m ruff format --check . && $(both)
 
 test-full:
-	@$(env) -m pytest --full --part in-process $(or $(filter tests/host,$(parts)),tests/host tests/browser) & \
-		$(env) -m pytest --full --part rest $(or $(filter tests/server,$(parts)),tests --ignore=tests/host --ignore=tests/browser); \
-		rest=$$?; wait $$! && exit $$rest
+	@ENV_PYTHON="$$($(setup) python)" && $(call both,--full)
 
 serve:
 	@$(env) dev/serve.py

@@ -23,6 +23,7 @@ CASES = {
     # Those that seldom have what they need: one way for each kind of photo.
     "PosteriorEstimateBlur": (60, 200),
 }
+READERS = ("PosteriorEstimateStripes", "PosteriorEstimateBlur")  # refuse what does not show it, as most random pictures
 NODES = [
     "PosteriorMask",
     "PosteriorDownscale",
@@ -112,7 +113,8 @@ def test_right_or_an_error_that_names_the_input(
     run()
     ran(len(cases))
     note(f"{sum(cases)} of {len(cases)} came out")
-    assert 20 * sum(cases) >= len(cases), messages  # a node that refuses everything would name its input, too
+    # A node that refuses everything would name its input, too.
+    assert (50 if name in READERS else 20) * sum(cases) >= len(cases), messages
     for message, number in sorted(messages.items(), key=lambda item: -item[1]):
         note(f"{number} x {message}")
 
