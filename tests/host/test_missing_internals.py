@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.host_runs import Host, Scarce, layer_of
+from support.host_runs import Host
 from support.host_versions import needs
 from support.in_process import load_pack
 from support.tiny_checkpoints import conditioning
@@ -155,14 +155,11 @@ def test_what_restore_can_do_without_costs_that_alone(
 
 
 def test_memory_that_cannot_be_given_back(
-    hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    host: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    h = hosts("sd15")
-    psld(h)  # which loads the model, for ComfyUI calls it too
+    """Our own call alone: a ComfyUI calls it too while it loads models."""
     monkeypatch.delattr(find("comfy.model_management"), "soft_empty_cache")
-    sampler = h.pack.nodes.host.stock_sampler(h.pack.samplers.sample_psld, h.measurement(), h.vae, "fastest")
-    with Scarce(layer_of(h, "network"), {1}):
-        assert h.sample(sampler, steps=1).isfinite().all()
+    host.memory.release_memory()
     assert "runs without giving cached memory back" in caplog.text
 
 
