@@ -21,6 +21,16 @@ def has_gpu() -> bool:
 
 
 def pick_port() -> int:
+    """The environment's PORT, else a free one.
+
+    Raises:
+        SetupError: PORT is no port.
+    """
+    wanted = os.environ.get("PORT")
+    if wanted:
+        if not (wanted.isdecimal() and 0 < int(wanted) < 65536):
+            raise SetupError(f"PORT={wanted} is no port: give a number from 1 to 65535.")
+        return int(wanted)
     with socket.socket() as s:
         return USUAL_PORT if s.connect_ex(("127.0.0.1", USUAL_PORT)) else free_port()
 
@@ -36,11 +46,12 @@ def model_folders(comfyui: Path, base: Path) -> list[str]:
 
 def main() -> int:
     try:
+        port = pick_port()
         paths = prepare()
     except SetupError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return 1
-    base, port = paths["base"], int(os.environ.get("PORT") or pick_port())
+    base = paths["base"]
     extra = sys.argv[1:] or ([] if has_gpu() else ["--cpu"])
     extra += ["--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}"]
     if os.environ.get("COMFYUI_DIR"):

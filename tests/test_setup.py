@@ -43,6 +43,14 @@ def test_second_run_is_quick_and_prints_the_interpreter() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("port", ["abc", "0", "70000"])
+def test_a_port_that_is_none_is_named(port: str) -> None:
+    serve = [sys.executable, str(ROOT / "dev" / "serve.py")]
+    done = subprocess.run(serve, capture_output=True, text=True, check=False, env={**os.environ, "PORT": port})
+    assert done.returncode == 1
+    assert done.stderr == f"ERROR: PORT={port} is no port: give a number from 1 to 65535.\n"
+
+
 def test_make_prints_the_interpreter_alone() -> None:
     done = subprocess.run(["make", "-s", "python"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()).is_file()

@@ -1,4 +1,4 @@
-"""A run that ends on its way: cancelled, also in a backward pass or a solve, or with NaN from a network."""
+"""A run that ends on its way: cancelled, also in a backward pass or a solve, short of memory, or with NaN from a network."""
 
 import contextlib
 from collections.abc import Iterator
