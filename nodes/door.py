@@ -12,10 +12,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..operators import Measurement
 from .host import naming_lack_of_memory, naming_what_is_missing
+from .types import OperatorRecipe
 
 log = logging.getLogger("comfyui-posterior")
+KINDS = {  # of what comes over a link; ComfyUI lets outputs of any type be connected, and a name of a type is anybody's
+    "IMAGE": Tensor,
+    "MASK": Tensor,
+    "LATENT": dict,
+    "CONDITIONING": list,
+    "LINEAR_OPERATOR": OperatorRecipe,
+    "MEASUREMENT": Measurement,
+}
 LISTED_ANEW = ("file", "scheduler")  # choices that grow while ComfyUI runs; their nodes look at them themselves
 
 
@@ -59,6 +70,16 @@ def refuse_unusable(spec: io.Input, value: Any) -> None:
         if widget or not (spec.optional or isinstance(spec, io.Vae.Input)):
             start = "Set" if widget else "Connect"
             raise ValueError(f"{spec.id}: got nothing. {start} it; if it is connected, the node before it gave nothing")
+    elif (kind := KINDS.get(spec.io_type)) and not isinstance(value, kind):
+        raise ValueError(
+            f"{spec.id}: got a {type(value).__name__}, expected a {spec.io_type}; connect an output of that kind, another pack may use its name"
+        )
+    elif spec.io_type == "MODEL" and not hasattr(value, "get_model_object"):
+        raise ValueError(
+            f"{spec.id}: got a {type(value).__name__}, expected a MODEL; connect Load Checkpoint or Load Diffusion Model"
+        )
+    elif spec.io_type == "LATENT" and not isinstance(value.get("samples"), Tensor):
+        raise ValueError(f"{spec.id}: has no samples; connect Start Latent or another node that gives a LATENT")
     elif isinstance(spec, io.Conditioning.Input) and len(value) == 0:
         raise ValueError(f"{spec.id}: is empty, the node before it gave no prompt. Connect a CLIP Text Encode node")
     elif isinstance(spec, io.Combo.Input) and spec.id not in LISTED_ANEW and value not in spec.options:

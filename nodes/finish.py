@@ -104,6 +104,12 @@ def finish(x: Tensor, measurement: Measurement, error: float = ERROR, feather: f
             noise = f" (noise {after[i].sigma:.3g})" if after[i].sigma else ""
             lines.append(f"{name}|A x - y| {before[i].rms:.1e} -> {after[i].rms:.1e}{noise}")
             worst = max(worst, after[i].rms)
+    farthest = max((one.sigmas for _, after in found for one in after if not one.agrees), default=0.0)
+    if farthest:
+        times = f"{farthest:.3g} times the noise" if measurement.sigma else "not met"
+        lines.append(
+            f"does not agree with the photo, {times}: the operator or its sigma is wrong, or the samples are; see the Consistency node"
+        )
     if all(one.rms < 0.3 * one.sigma for before, _ in found for one in before):
         lines.append("far below the noise: sigma is probably too high")
     return finished, worst, "\n".join(lines)

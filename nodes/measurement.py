@@ -305,9 +305,10 @@ def photo_image(y: Tensor) -> Tensor:
 
 def output(node: type[io.ComfyNode], measurement: Measurement, text: str) -> io.NodeOutput:
     """What every node that makes a measurement gives and shows."""
-    # Random values tell pixels that nothing reaches from those that a kernel of sum 0 weighs to nothing.
-    draw = torch.randn(measurement.y.shape[1:], generator=torch.Generator().manual_seed(0)).to(measurement.y)
-    reached = measurement.operator.A_adjoint(draw.expand_as(measurement.y).contiguous()).abs_().amax(1)
+    # Random values tell pixels that nothing reaches from those that a kernel of sum 0 weighs to nothing; in float64, for the
+    # rounding of a file's float16 would pass for something.
+    draw = torch.randn(measurement.y.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    reached = measurement.operator.A_adjoint(draw.expand(measurement.y.shape).contiguous()).abs_().amax(1)
     lost = (reached <= 1e-9 * reached.max()).float()
     picture = degraded(measurement)
     return io.NodeOutput(measurement, picture, lost, ui=shown(node, picture, text=text))

@@ -9,6 +9,7 @@ from .pictures import shown
 from .types import CATEGORY, MeasurementType
 
 SUFFIX = ".safetensors"
+FARTHEST = 100.0  # in [-1, 1] units: far beyond noise
 
 
 class SaveMeasurement(io.ComfyNode):
@@ -45,7 +46,8 @@ class SaveMeasurement(io.ComfyNode):
             raise ValueError(
                 f"filename_prefix: {path} cannot be written ({error.strerror or error}); choose another name or make room"
             ) from error
-        text = f"saved as {path.name} in {path.parent}"
+        name = "/".join(filter(None, (saved["subfolder"], saved["filename"])))
+        text = f"saved as {name} [output]\nin {path.parent}"
         return io.NodeOutput(ui={**shown(cls, text=text), "measurements": [saved]})
 
 
@@ -79,6 +81,11 @@ class LoadMeasurement(io.ComfyNode):
         if measurement.operator.in_shape[0] != 3:
             raise ValueError(
                 f"file: {path} measures pictures of {measurement.operator.in_shape[0]} channels; the nodes restore those in colour, of 3"
+            )
+        largest = float(measurement.y.abs().max())
+        if largest > FARTHEST:
+            raise ValueError(
+                f"file: {path} holds values of up to {largest:.3g}, but a photo's are within [-1, 1]; save it anew from Measurement from Photo"
             )
         return output(cls, measurement, f"noise {measurement.sigma / 2:.4g}")
 

@@ -14,6 +14,7 @@ from ..operators.io import check_full_size
 LinearOperatorType = io.Custom("LINEAR_OPERATOR")
 MeasurementType = io.Custom("MEASUREMENT")
 CATEGORY = "posterior"
+BRIGHTEST = 40.0  # of a picture whose white is 1; bytes that nobody divided by 255 are brighter
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ def to_signal(name: str, image: Tensor) -> Tensor:
         )
     if not bool(torch.isfinite(image).all()):
         raise ValueError(f"{name}: has NaN or infinite values; the node before it went wrong")
+    largest = float(image.abs().max())
+    if largest > BRIGHTEST:
+        raise ValueError(
+            f"{name}: has values of up to {largest:.3g}, but pictures are 0 to 1 in ComfyUI; divide it by its white first, 255 for bytes"
+        )
     if image.shape[-1] == 4:
         raise ValueError(
             f"{name}: has an alpha channel. Load it with Load Image, which gives picture and mask apart, or drop alpha with "

@@ -317,6 +317,8 @@ def _save(path: StrPath, kind: str, tensors: dict[str, Tensor], **metadata: str)
     try:
         save_file(copies, partial, metadata={"format": f"posterior.{kind}", "version": VERSION, **metadata})
         os.replace(partial, path)
+    except SafetensorError as error:  # in which the library wraps what the system says
+        raise OSError(str(error)) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -53,7 +53,7 @@ def match_by_decoder(
         with torch.no_grad():
             z, seen = z.detach(), seen.detach()
             # Polak and Ribiere's choice, which starts anew where the decoder's curvature has spoilt the old direction.
-            beta = (_dot(descent, descent - before) / _dot(before, before).clamp(min=1e-30)).clamp(min=0)
+            beta = _ratio(_dot(descent, descent - before), _dot(before, before)).clamp(min=0)
             direction = descent + per_image(beta, z) * direction
             before = descent
             size = _dot(direction, direction).sqrt().clamp(min=1e-30)
@@ -97,3 +97,8 @@ def match_by_encoder(z: Tensor, measurement: Any, autoencoder: Autoencoder, step
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each image, (B,)."""
     return (a * b).flatten(1).sum(1)
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0: no small number stands for it, which in float32 made infinity of the gradient of a large picture."""
+    return torch.where(b > 0, a / b, 0)

@@ -36,6 +36,7 @@ class Codec:
 
     def _run(self, function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
         throw_if_interrupted()
+        check_finite(given, "what is given to the VAE has NaN or infinite values; the correction towards the photo went astray")
         result = (recomputed(function) if self.recompute else function)(given.to(self.device, self.dtype))
         if given.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
             raise ValueError("vae: its output has no gradient; a node that patches the VAE computes without one, remove it")

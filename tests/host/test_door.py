@@ -4,6 +4,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 
 def find(pack: ModuleType, name: str) -> Any:
@@ -42,7 +43,13 @@ def test_an_unknown_choice_is_named_with_the_known_ones(pack: ModuleType) -> Non
         find(pack, "MissingPixels").execute(given)
 
 
-RESTORE = {"model": 1, "vae": 1, "positive": [1], "measurement": 1, "method": "PSLD", "quality": "fast", "seed": 0, "cfg": 2.0}
+class Anything:
+    """What looks like a model from afar."""
+
+    get_model_object = None
+
+
+RESTORE = {"model": Anything(), "vae": Anything(), "positive": [1], "method": "PSLD", "quality": "fast", "seed": 0, "cfg": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -50,6 +57,17 @@ RESTORE = {"model": 1, "vae": 1, "positive": [1], "measurement": 1, "method": "P
     [
         ("Restore", {**RESTORE, "model": None}, "model: got nothing. Connect it"),
         ("Restore", {**RESTORE, "measurement": None}, "measurement: got nothing. Connect it"),
+        ("Restore", {**RESTORE, "measurement": Anything()}, "measurement: got a Anything, expected a MEASUREMENT; connect"),
+        ("Restore", {**RESTORE, "model": 3.5}, "model: got a float, expected a MODEL; connect Load Checkpoint"),
+        ("Restore", {**RESTORE, "positive": "a cat"}, "positive: got a str, expected a CONDITIONING; connect"),
+        ("Finish", {"image": [1], "measurement": 1, "error": 0.05}, "image: got a list, expected a IMAGE; connect"),
+        (
+            "MeasureSimulate",
+            {"image": torch.zeros(1, 8, 8, 3), "operator": "blur"},
+            "operator: got a str, expected a LINEAR_OPERATOR",
+        ),
+        ("MemoryEstimate", {"latent": torch.zeros(1, 4, 8, 8)}, "latent: got a Tensor, expected a LATENT; connect"),
+        ("MemoryEstimate", {"latent": {}}, "latent: has no samples; connect"),
         ("Restore", {**RESTORE, "positive": None}, "positive: got nothing. Connect it"),
         ("Restore", {**RESTORE, "positive": []}, "positive: is empty, the node before it gave no prompt"),
         ("Restore", {**RESTORE, "negative": []}, "negative: is empty, the node before it gave no prompt"),

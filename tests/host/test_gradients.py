@@ -186,6 +186,14 @@ def test_blocks_see_the_options_of_their_own_call(sd15: Host) -> None:
     assert set(places) == {(("input", 1), 0, 0)}
 
 
+def test_nan_that_the_vae_is_given_is_not_laid_to_it(hosts: Callable[..., Host]) -> None:
+    host = hosts("sd15")
+    z = torch.full((1, 4, 8, 8), torch.nan)
+    probe = Probe(lambda model, x, autoencoder, **_: autoencoder.decode(z))
+    with pytest.raises(RuntimeError, match=r": what is given to the VAE has NaN or infinite values"):
+        host.sample(host.sampler(probe), sigmas=MODERATE)
+
+
 @pytest.mark.parametrize("codec", ["taesd", "kl"])
 def test_autoencoder(codec: str, hosts: Callable[..., Host]) -> None:
     host = hosts("sd15", vae=codec)

@@ -127,6 +127,18 @@ def test_read_from_the_photo(large: Large) -> None:
     assert torch.equal(lost[0, :, 0].nonzero().flatten(), torch.arange(7, large.size[0], 24))
 
 
+def test_blur_read_from_the_photo(large: Large) -> None:
+    """Of an edge as large as the photo in seconds; a point is looked for in a crop only."""
+    columns, rows = torch.arange(large.size[1])[None], torch.arange(large.size[0])[:, None]
+    edge = 0.5 + 0.3 * torch.erf((columns - large.size[1] / 2 + 0.05 * rows) / 3 / 2**0.5)
+    noise = 0.005 * torch.randn(1, *large.size, 3, generator=torch.Generator().manual_seed(2))
+    _, sigma = large("EstimateBlur", edge[None, ..., None] + noise, "edge")
+    assert sigma == pytest.approx(3, rel=0.02)
+    if max(large.size) > 1024:
+        with pytest.raises(ValueError, match="photo: got 2160 x 3840, expected at most 1024 x 1024 pixels; crop the point"):
+            large("EstimateBlur", large.truth, "point")
+
+
 def test_sizes_for_the_samplers(large: Large, hosts: Callable[..., Host]) -> None:
     """Nothing is sampled: a 4K run takes a GPU. What it needs is estimated."""
     h, measurement = hosts("sd15"), large.measure("area", 0.01)

@@ -1,6 +1,8 @@
 """What the measurement nodes hand on: noise of either kind, its estimate, combined photos, and files."""
 
 import re
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -223,6 +225,48 @@ def test_saved_measurement_comes_back_bit_identical(nodes: ModuleType, pack: Mod
     assert degraded.shape[0] == 2
     assert degraded.shape[-1] == 3
     assert lost.shape == (2, 128, 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_lost_pixels_of_a_file_in_any_precision(dtype: torch.dtype, nodes: ModuleType, pack: ModuleType) -> None:
+    """A blur before the hole is left: what its transform rounds is no measurement."""
+    ops = pack.operators
+    blur, hole = (
+        ops.Blur(ops.disk_kernel(2.0), (3, 64, 64), "circular"),
+        ops.Mask(ops.box_mask((3, 64, 64), (40, 40), (10, 10))),
+    )
+    path = output_folder() / "precision.safetensors"
+    ops.save_measurement(path, ops.Measurement(torch.zeros(1, 3, 64, 64, dtype=dtype), hole @ blur))
+    lost = nodes.storage.LoadMeasurement.execute(f"{path.name} [output]").args[2]
+    path.unlink()
+    assert float(lost.sum()) == 36**2
+
+
+def test_a_full_disk_is_said(nodes: ModuleType, pack: ModuleType) -> None:
+    measurement = three(nodes, pack, textured(128))[0]
+    limit, (_, hard) = 4096, resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(ValueError, match=r"^filename_prefix: .* cannot be written \(.*File too large.*make room"):
+            nodes.storage.SaveMeasurement.execute(measurement, "measurements/full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list((output_folder() / "measurements").glob("full*"))
+
+
+@pytest.mark.parametrize("white", [255.0, 1e10])
+def test_values_of_another_scale_are_refused(white: float, nodes: ModuleType, pack: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"^image: has values of up to .*pictures are 0 to 1 in ComfyUI"):
+        simulate(nodes, white * textured(32), pack.operators.Identity, gaussian(0.0))
+    path = output_folder() / "scale.safetensors"
+    pack.operators.save_measurement(
+        path, pack.operators.Measurement(torch.full((1, 3, 8, 8), white), pack.operators.Identity((3, 8, 8)))
+    )
+    with pytest.raises(ValueError, match=r"^file: .* holds values of up to"):
+        nodes.storage.LoadMeasurement.execute(f"{path.name} [output]")
+    path.unlink()
 
 
 def test_a_file_of_the_input_folder_is_found_and_a_changed_one_noticed(nodes: ModuleType, pack: ModuleType) -> None:

@@ -1,5 +1,6 @@
 """Restore and Uncertainty, in the real ComfyUI with the demo prior."""
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -129,6 +130,17 @@ def test_a_photo_without_a_fault_comes_back_and_restore_says_why(demo: Demo) -> 
     outs = [run(demo.model, demo.vae, demo.prompt, m, "C-PiGDM", "fast", 0, 1.0) for m in measurements]
     assert torch.equal(outs[0].args[0], photo)
     assert ["nothing to restore" in out.ui["text"][0] for out in outs] == [True, False]
+
+
+@torch.inference_mode()
+def test_a_wrong_operator_is_said(demo: Demo) -> None:
+    """Wide blocks to the eye, single pixels to the operator: no sample of portraits agrees with them as pixels."""
+    ops = demo.pack.operators
+    right = demo.measure(demo.pictures(1), lambda shape: ops.Blur(ops.gaussian_kernel(1.5), shape, "reflect"), 0.005)
+    wrong = replace(right, operator=ops.Blur(ops.gaussian_kernel(6.0), right.operator.in_shape, "reflect"))
+    run = demo.nodes.restore.Restore.execute
+    outs = [run(demo.model, demo.vae, demo.prompt, m, "C-PiGDM", "fast", 0, 1.0) for m in (right, wrong)]
+    assert ["does not agree with the photo" in out.ui["text"][0] for out in outs] == [False, True]
 
 
 def test_uncertainty_is_the_standard_deviation_and_counts_its_samples(demo: Demo) -> None:

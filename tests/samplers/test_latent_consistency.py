@@ -1,0 +1,52 @@
+"""Steps towards A D(z) = y of any size: photos of many pixels, and of large values."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from operators import AreaDownscale, Identity, Measurement
+from operators.base import LinearOperator
+from samplers.latent_consistency import match_by_decoder, measured_entries
+
+
+class Nearest:
+    """Four channels to colours, as much as Stable Diffusion's latents have, each latent pixel 8 x 8 pixels of them."""
+
+    COLOURS = torch.tensor([[0.35, 0.20, 0.21], [0.38, 0.29, 0.15], [-0.19, 0.19, 0.24], [-0.27, -0.30, -0.45]])
+
+    def decode(self, z: Tensor) -> Tensor:
+        colours = torch.einsum("bchw,cd->bdhw", z, self.COLOURS.to(z))
+        return colours.repeat_interleave(8, -1).repeat_interleave(8, -2)
+
+
+def moved(operator: LinearOperator, y: Tensor, z: Tensor, autoencoder: Nearest | None, steps: int) -> tuple[float, float]:
+    """||A D(z) - y|| before and after."""
+    measurement = Measurement(y, operator)
+    z, before = match_by_decoder(z, measurement, autoencoder, steps, measured_entries(measurement))
+    image = z if autoencoder is None else autoencoder.decode(z)
+    return float(before), float(measurement.residual_norm(image))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_photo_of_many_pixels(steps: int) -> None:
+    """The gradient of a white one of 2048 x 2048 squares to 6e8; divided by 1e-30 for 0 that is no float32."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(1, 4, 256, 256, generator=g)
+    y = torch.ones(1, 3, 2048, 2048)
+    before, after = moved(Identity((3, 2048, 2048)), y, z, Nearest(), steps)
+    assert after < 0.9 * before
+
+
+def test_a_photo_of_large_values() -> None:
+    operator = AreaDownscale((3, 64, 64), 8)
+    y = 1e5 * torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    before, after = moved(operator, y, torch.zeros(1, 3, 64, 64), None, 3)
+    assert after < before
+
+
+def test_nothing_to_do() -> None:
+    """A gradient of 0 throughout is 0 / 0 in the choice of directions."""
+    z = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    operator = AreaDownscale((3, 64, 64), 8)
+    before, after = moved(operator, operator.A(z), z, None, 3)
+    assert after == before == 0
