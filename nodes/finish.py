@@ -10,7 +10,7 @@ from . import host
 from .measurement import check_result, single
 from .pictures import shown
 from .readouts import compared
-from .types import CATEGORY, MeasurementType, to_image, to_signal
+from .types import BRIGHTEST, CATEGORY, MeasurementType, to_image, to_signal
 
 ERROR = 0.05  # of a sampled picture, on the 0 to 1 scale
 FEATHER = 4.0  # pixels
@@ -83,7 +83,7 @@ def finish(x: Tensor, measurement: Measurement, error: float = ERROR, feather: f
         of combined photos; a read-out in words.
 
     Raises:
-        ValueError: the measurement cannot be met exactly and claims no noise.
+        ValueError: the measurement cannot be met exactly and claims no noise, or only by a picture beyond all bounds.
     """
     measurement = host.stoppable(measurement, torch.float64)
     try:
@@ -93,6 +93,12 @@ def finish(x: Tensor, measurement: Measurement, error: float = ERROR, feather: f
             f"measurement: this operator cannot be met exactly ({fault}). Give its Measurement node a sigma above 0; 0.002 stands "
             "for the rounding of an 8-bit photo"
         ) from fault
+    largest = float(agreed.abs().max())
+    if largest > BRIGHTEST:
+        raise ValueError(
+            f"measurement: to agree with this photo as far as its sigma says, {measurement.sigma / 2:.2g}, the picture would need values of up to "
+            f"{largest:.2g}. Give its Measurement node a larger sigma: 0.002 stands for the rounding of an 8-bit photo, 0.01 for a JPEG"
+        )
     if feather > 0 and isinstance(measurement.operator, Mask):
         agreed = feather_holes(x, agreed, measurement.operator.keep.to(x), feather)
     finished = to_image(agreed)

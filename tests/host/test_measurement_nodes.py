@@ -113,6 +113,21 @@ def test_the_noise_of_a_black_and_white_photo_is_estimated(nodes: ModuleType, pa
     assert from_photo(nodes, photo, bind).args[0].sigma / 2 == pytest.approx(0.04, rel=0.15)
 
 
+def test_no_noise_is_estimated_as_none(nodes: ModuleType, pack: ModuleType) -> None:
+    """The flattest parts of a drawn picture have what rounding leaves, 1e-17, which is no sigma to divide by."""
+    photo = torch.rand((1, 128, 128, 3), generator=torch.Generator().manual_seed(0))
+    photo[:, :, :48] = torch.linspace(0.2, 0.8, 48)[:, None]
+    assert from_photo(nodes, photo, pack.operators.Identity).args[0].sigma == 0
+
+
+def test_a_photo_that_only_a_wild_picture_would_meet_is_refused(nodes: ModuleType, pack: ModuleType) -> None:
+    photo = torch.rand((1, 64, 64, 3), generator=torch.Generator().manual_seed(0))
+    bind = lambda shape: pack.operators.Blur(pack.operators.gaussian_kernel(3.0), shape, "circular")  # noqa: E731
+    measurement = from_photo(nodes, photo, bind, noise="entered", sigma=1e-5).args[0]
+    with pytest.raises(ValueError, match=r"^measurement: .*values of up to .*larger sigma"):
+        nodes.finish.finish(nodes.types.to_signal("photo", photo), measurement)
+
+
 def test_an_estimate_that_cannot_be_had_is_refused(nodes: ModuleType, pack: ModuleType) -> None:
     photo = simulate(nodes, textured(160), pack.operators.Identity, gaussian(0.05)).args[1]
     with pytest.raises(ValueError, match=r"photo: .*exactly constant.*set noise to entered and give sigma"):
