@@ -84,7 +84,7 @@ class MemoryEstimate(io.ComfyNode):
         )
         best = estimate.best(room)
         fits = estimate.fits(best, room)
-        lines.append(f"auto takes {best}" if fits else f"does not fit: {estimate.advice((height, width), room)}")
+        lines.append(f"auto takes {best}" if fits else f"does not fit: {estimate.advice((height, width), room, device)}")
         text = "\n".join(lines)
         return io.NodeOutput(estimate.gigabytes("fastest"), estimate.gigabytes("lowest"), text, ui=shown(cls, text=text))
 

@@ -145,7 +145,7 @@ class Restore(io.ComfyNode):
         filled = to_image(fill_unseen(host.stoppable(wide))).clamp(0, 1)
         sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler)
         solve, options = SOLVERS[method]
-        run = {"memory": memory, "unique_id": host.node_id(cls)}
+        run = {"memory": memory, "unique_id": host.node_id(cls), "plan": host.Plan()}
         images, worst, texts, curves, notes = [], 0.0, [], [], []
         if isinstance(exact.operator, Identity) and exact.sigma == 0:
             notes.append(

@@ -26,7 +26,7 @@ from .faults import naming_lack_of_memory, stoppable
 from .gradients import differentiable_options, gradients, normal_tensors, normal_weights
 from .internals import naming_what_is_missing, without
 from .loading import resident, static_patcher
-from .memory import GIB, Estimate, estimate, room
+from .memory import GIB, Estimate, Plan, estimate, room
 from .plugin import run_on_host, stock_sampler
 from .readout import node_id, show_text
 from .recompute import MODES
@@ -38,6 +38,7 @@ __all__ = [
     "MODES",
     "Codec",
     "Estimate",
+    "Plan",
     "check_sizes",
     "check_vae",
     "differentiable_options",

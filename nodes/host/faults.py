@@ -1,6 +1,7 @@
 """A run that ends on its way: cancelled, also in a backward pass or a solve, short of memory, or with NaN from a network."""
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,11 @@ class MainMemoryFull(MemoryError):
     """A lack of main memory, in words."""
 
 
+def of_main_memory(error: Exception) -> bool:
+    """Whether an error says that main memory is full, and not a device's."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 @contextlib.contextmanager
 def naming_lack_of_memory() -> Iterator[None]:
     """Inside, a lack of main memory is an error in words. Of a lack on a device ComfyUI says itself what helps, and unloads models.
@@ -38,7 +44,7 @@ def naming_lack_of_memory() -> Iterator[None]:
     except MainMemoryFull:
         raise
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
+        if not of_main_memory(error):
             raise
         raise MainMemoryFull(f"main memory is full ({error}); smaller or fewer pictures need less") from error
 
@@ -69,11 +75,12 @@ def stoppable(measurement: Measurement, dtype: torch.dtype | None = None) -> Mea
 
 def stop_when_interrupted(operator: LinearOperator) -> None:
     """Let an operator, the run's own copy, and those in it notice a cancelled run, also within the iterations of a solve."""
-    forward = operator._forward
+    # No way back to the operator itself: its tables on a device then go with the run, and not with a garbage collection.
+    itself, forward = weakref.ref(operator), type(operator)._forward
 
     def watched(x: Tensor) -> Tensor:
         throw_if_interrupted()
-        return forward(x)
+        return forward(itself(), x)
 
     for value in list(vars(operator).values()):
         for part in value if isinstance(value, tuple) else (value,):

@@ -3,10 +3,12 @@
 import contextlib
 import logging
 import re
+import traceback
 from collections.abc import Iterator
 
 log = logging.getLogger("comfyui-posterior")
 HOST = ("comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "protocol", "server")
+PACK = __name__.removesuffix(".nodes.host.internals")
 
 
 @contextlib.contextmanager
@@ -41,7 +43,9 @@ def without(feature: str) -> Iterator[None]:
 
 
 def missing(error: ImportError | AttributeError) -> str | None:
-    """The name that ComfyUI does not have, or None for an error of another kind."""
+    """The name that ComfyUI does not have, or None for an error of another kind, or of code that is not this pack's."""
+    if not _of_pack(error):
+        return None
     if isinstance(error, ImportError):
         module = error.name or ""
         wanted = re.search(r"cannot import name '(\w+)'", str(error))
@@ -50,6 +54,14 @@ def missing(error: ImportError | AttributeError) -> str | None:
     kind = owner if isinstance(owner, type) else type(owner)
     place = getattr(owner, "__name__", "") if kind.__name__ == "module" else f"{kind.__module__}.{kind.__qualname__}"
     return f"{place}.{error.name}" if _of_host(place) else None
+
+
+def _of_pack(error: Exception) -> bool:
+    """Whether the name was looked up in this pack: what other nodes hang on a model runs in here too."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    # The last one that is no way of looking up, as that of PyTorch's modules.
+    names = [frame.f_globals.get("__name__", "") for frame in frames if frame.f_code.co_name != "__getattr__"]
+    return bool(names) and f"{names[-1]}.".startswith(f"{PACK}.")
 
 
 def _of_host(module: str) -> bool:

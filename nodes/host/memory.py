@@ -81,15 +81,31 @@ class Estimate:
         """Whether the activations of a mode go into `free` bytes."""
         return self.activations(mode) <= USABLE * free
 
-    def advice(self, size: tuple[int, int], free: float) -> str:
-        """What would fit: a size for which the lowest mode goes into `free` bytes, and other ways out."""
+    def advice(self, size: tuple[int, int], free: float, device: torch.device) -> str:
+        """What would fit: a size for which the lowest mode goes into the `free` bytes of a device, and other ways out."""
+        main = device.type == "cpu"
         height, width = size
         scale = (USABLE * free / self.activations(MODES[-1])) ** 0.5
         if scale >= 1:
-            return "close other programs that use the GPU, or restart ComfyUI"
+            return f"close other programs{'' if main else ' that use the GPU'}, or restart ComfyUI"
         fits = [int(side * scale) // 64 * 64 for side in (width, height)]
         smaller = f"a picture of about {fits[0]} x {fits[1]} would fit; so may " if min(fits) else ""
-        return f"{smaller}a smaller batch, or a float16 or bfloat16 model and VAE instead of float32"
+        return f"{smaller}a smaller batch{'' if main else ', or a float16 or bfloat16 model and VAE instead of float32'}"
+
+
+@dataclass
+class Plan:
+    """What the runs of one node share, whose shapes and models are the same.
+
+    Attributes:
+        need: of each of them; None before the first, and where there is no estimate.
+        unknown: why there is none.
+        mode: that one of them had to fall back to; the next ones begin in it.
+    """
+
+    need: Estimate | None = None
+    unknown: str = ""
+    mode: str | None = None
 
 
 def estimate(

@@ -11,11 +11,20 @@ from torch import Tensor
 from ...samplers import State, measured
 from . import guard
 from .codec import Codec, check_sizes, check_vae
-from .faults import Course, NotFinite, check_finite, naming_lack_of_memory, stop_when_interrupted, stoppable_backward
+from .faults import (
+    Course,
+    MainMemoryFull,
+    NotFinite,
+    check_finite,
+    naming_lack_of_memory,
+    of_main_memory,
+    stop_when_interrupted,
+    stoppable_backward,
+)
 from .gradients import differentiable_options, gradients, normal_tensors
 from .internals import naming_what_is_missing
 from .loading import Loaded, control_networks, controls, resident
-from .memory import GIB, Estimate, estimate, free_memory, out_of_memory, release_memory
+from .memory import GIB, Estimate, Plan, estimate, free_memory, out_of_memory, release_memory
 from .readout import Readout, throw_if_interrupted
 from .recompute import MODES, recomputing
 from .refusals import check_attention, refuse_unsupported, state_of
@@ -33,6 +42,7 @@ def stock_sampler(
     network_gradient: bool = True,
     lighter: dict[str, Any] | None = None,
     notes: list[str] | None = None,
+    plan: Plan | None = None,
     **options: Any,
 ) -> Any:
     """A ComfyUI SAMPLER that runs `solve`, a sampler of samplers/, on any guider, scheduler and noise.
@@ -48,12 +58,13 @@ def stock_sampler(
             network may be quantised, cached or patched by what has no gradient.
         lighter: options of `solve` that replace those given when memory does not suffice for them in any mode.
         notes: gets the lines that the run leaves on its node, about memory for example, for a node that shows a text of its own.
+        plan: one for the runs of a node that are alike, so that memory is estimated and tried out once; each its own otherwise.
         options: further keywords of `solve`.
     """
     from comfy.samplers import KSAMPLER
 
     given = {"memory": memory, "check_gradients": check_gradients, "unique_id": unique_id}
-    given |= {"network_gradient": network_gradient, "lighter": lighter, "notes": notes}
+    given |= {"network_gradient": network_gradient, "lighter": lighter, "notes": notes, "plan": plan}
     return KSAMPLER(run_on_host, {"solve": solve, "measurement": measurement, "vae": vae, "options": options, **given})
 
 
@@ -77,8 +88,10 @@ def run_on_host(
     network_gradient: bool = True,
     lighter: dict[str, Any] | None = None,
     notes: list[str] | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
     """What KSAMPLER calls: prepare the host, run `solve` in the k-state, give the state back as the host wants it."""
+    throw_if_interrupted()  # before anything is estimated or loaded
     guider = model.inner_model
     model_options = extra_args["model_options"]
     refuse_unsupported(guider, x, model_options, network_gradient)
@@ -86,9 +99,9 @@ def run_on_host(
     if vae is not None:
         check_vae(vae, guider.inner_model.latent_format)
     check_sizes(x, measurement, vae)
-    counts = measured(measurement.operator, measurement.y).expand_as(measurement.y).flatten(1).sum(1)
-    readout = Readout(unique_id, 1 / (2 * counts.clamp(min=1).sqrt()), measurement.sigma / 2, [] if notes is None else notes)
-    need = needed(guider, vae, x, network_gradient)
+    readout = Readout(unique_id, residual_scale(measurement), measurement.sigma / 2, [] if notes is None else notes)
+    plan = Plan() if plan is None else plan
+    need, memory = needed(plan, guider, vae, x, network_gradient), plan.mode or memory
     room = 1e30 if need is None else need.activations(MODES[0] if memory == "auto" else memory)
 
     with gradients(), resident(guider, vae, room, network_gradient) as loaded:
@@ -144,7 +157,7 @@ def run_on_host(
             loaded = dataclasses.replace(loaded, networks=[])  # nothing of theirs is kept, so nothing is worth computing again
         try:
             with stoppable_backward():
-                result = run_in_memory(run, codec, loaded, memory, options, lighter, need, readout, size, x.device)
+                result = run_in_memory(run, codec, loaded, memory, options, lighter, plan, readout, size, x.device)
             check_finite(result, "the last correction made NaN or infinite values; lower omega or w, or try another precision")
         except NotFinite as error:
             raise course.ended(error, codec) from error
@@ -159,7 +172,7 @@ def run_in_memory(
     memory: str,
     options: dict[str, Any],
     lighter: dict[str, Any] | None,
-    need: Estimate | None,
+    plan: Plan,
     readout: Readout,
     size: tuple[int, int],
     device: torch.device,
@@ -168,11 +181,12 @@ def run_in_memory(
 
     The whole run and not the step: the result then is the lower mode's own, and a run mostly fails in its first step.
     """
-    free = free_memory(device)
+    free, why = free_memory(device), ""
     if memory == "auto":
-        memory = MODES[-1] if need is None else need.best(free)
+        memory = MODES[-1] if plan.need is None else plan.need.best(free)
+        why = plan.unknown or ("" if free else "no memory is known to be free")
     if memory != MODES[0]:
-        readout.note(f"memory: {memory}")
+        readout.note(f"memory: {memory}" + (f", for {why}" if why else ""))
     ways = [(f"in mode {mode}", mode, options) for mode in MODES[MODES.index(memory) :]]
     if lighter and any(options.get(name) != value for name, value in lighter.items()):
         said = " and ".join(f"{name} {value}" for name, value in lighter.items())
@@ -187,32 +201,47 @@ def run_in_memory(
             if not out_of_memory(error):
                 raise
             if not ways:
-                raise torch.cuda.OutOfMemoryError(_too_large(need, size, free, error)) from error
+                raise _too_large(plan.need, size, free, device, error) from error
         # Out of the except clause, where the error no longer holds the tensors of the frames it went through.
         release_memory()
+        plan.mode = ways[0][1]
         note = f"out of memory {name}; started again {ways[0][0]}"
         log.warning(note)
         readout.restart(note)
 
 
-def _too_large(need: Estimate | None, size: tuple[int, int], free: float, error: Exception) -> str:
-    text = f"memory: out of memory even in mode {MODES[-1]} ({error})."
-    if need is None:
-        return f"{text} A smaller picture or batch needs less"
-    required = f"{need.activations(MODES[-1]) / GIB:.1f} GB beside {need.weights / GIB:.1f} GB of weights"
-    return f"{text} This run needs about {required}; {free / GIB:.1f} GB were free. To make it fit: {need.advice(size, free)}"
+def _too_large(
+    need: Estimate | None, size: tuple[int, int], free: float, device: torch.device, error: Exception
+) -> MainMemoryFull | torch.cuda.OutOfMemoryError:
+    main = of_main_memory(error)
+    text = f"{'main memory is full' if main else 'memory: out of memory'} even in mode {MODES[-1]} ({error})."
+    if need is None or (main and device.type != "cpu"):  # of a device's memory is all that is known
+        text += " A smaller picture or batch needs less"
+    else:
+        required = f"{need.activations(MODES[-1]) / GIB:.1f} GB beside {need.weights / GIB:.1f} GB of weights"
+        text += f" This run needs about {required}; {free / GIB:.1f} GB were free. To make it fit: {need.advice(size, free, device)}"
+    return MainMemoryFull(text) if main else torch.cuda.OutOfMemoryError(text)
 
 
-def needed(guider: Any, vae: Any, x: Tensor, network_gradient: bool) -> Estimate | None:
-    """The estimate for a guider's next run, or None, and a line in the log, where the model does not allow one."""
+def residual_scale(measurement: Any) -> Tensor:
+    """What makes residual norms (B,), [-1, 1] units, root mean squares over measured values on the 0 to 1 scale; on the CPU."""
+    counts = measured(measurement.operator, measurement.y).expand_as(measurement.y).flatten(1).sum(1)
+    return 1 / (2 * counts.cpu().clamp(min=1).sqrt())
+
+
+def needed(plan: Plan, guider: Any, vae: Any, x: Tensor, network_gradient: bool) -> Estimate | None:
+    """The estimate for a guider's next run, the plan's after the first, or None where the model does not allow one."""
+    if plan.need is not None or plan.unknown:
+        return plan.need
     groups = [group for kind, group in guider.conds.items() if kind == "positive" or getattr(guider, "cfg", 0) != 1]
     passes = max(1, sum(len(group) for group in groups))
     nets = tuple(dict.fromkeys(control_networks(guider)))
     try:
-        return estimate(guider.inner_model, vae, tuple(x.shape), passes, nets, network_gradient)
+        plan.need = estimate(guider.inner_model, vae, tuple(x.shape), passes, nets, network_gradient)
     except RuntimeError as error:
+        plan.unknown = str(error)
         log.warning("%s; memory auto means lowest for this run", error)
-        return None
+    return plan.need
 
 
 def lowest_precision(model: Any, codec: Codec | None) -> torch.dtype:

@@ -3,7 +3,10 @@
 import contextlib
 import dataclasses
 import gc
+import itertools
+import random
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -199,6 +202,30 @@ def test_finish_is_cancelled_within_a_solve(h: Host) -> None:
     assert torch.equal(finish(0.9 * image, measurement, 0.05).args[0], expected)
 
 
+@pytest.mark.parametrize("name", ["downscale", "product", "iterations"])
+def test_a_runs_own_operator_is_gone_with_the_last_that_holds_it(name: str, pack: ModuleType) -> None:
+    """By counting alone: until a garbage collection its tables would stay on a device."""
+    ops, shape = pack.operators, (3, 16, 16)
+    blur = ops.Blur(ops.motion_kernel(5.0, 30.0), (3, 64, 64), "replicate")
+    operator = {
+        "downscale": ops.AreaDownscale(shape, 8),
+        "product": ops.AreaDownscale(shape, 8) @ ops.Blur(ops.gaussian_kernel(1.0), shape, "circular"),
+        "iterations": blur,
+    }[name]
+    own = pack.nodes.host.stoppable(ops.Measurement(torch.zeros(1, *operator.out_shape), operator))
+    expected = operator.A(torch.ones(1, *operator.in_shape))
+    gc.collect()
+    gc.disable()
+    try:
+        assert torch.equal(own.operator.A(torch.ones(1, *operator.in_shape)), expected)
+        own.operator.A_dagger(own.y)
+        left = weakref.ref(own.operator)
+        del own
+        assert left() is None
+    finally:
+        gc.enable()
+
+
 # Many runs --------------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +237,9 @@ def objects() -> dict[str, int]:
 
 
 def test_nothing_is_left_of_many_mixed_runs(h: Host, count: Callable[[int, int], int]) -> None:
-    """Methods, modes and ends in turn; after the first turn of 12 there is nothing more of anything."""
+    """Methods, modes and ends, each with each, in a mixed order, and all of it again: after the second turn there is nothing more
+    of anything than after the first. The 12 of `make test` have each pair of two of them; `make test-full` has all 36.
+    """
     import comfy.model_management as mm
 
     layer, modes = layer_of(h, "decode"), h.pack.nodes.host.MODES
@@ -221,18 +250,21 @@ def test_nothing_is_left_of_many_mixed_runs(h: Host, count: Callable[[int, int],
         (lambda: Spoilt(layer, {1}), h.pack.nodes.host.faults.NotFinite),
         (lambda: Scarce(layer, {1}), None),
     ]
-    before: dict[str, int] = {}
-    for i in range(count(16, 60)):
-        mode, (spoil, error) = modes[i // 4 % 3], ends[i % 4]
-        if i % 4 == 3 and mode == modes[-1]:
-            error = torch.cuda.OutOfMemoryError  # there is no lower one
-        with spoil(), contextlib.nullcontext() if error is None else pytest.raises(error):
-            run(h, [*METHODS][i % 3], mode, steps=1)
-        assert leftovers(h) == [], i
-        if i == 11:
-            before = objects()
-    after = objects()
-    assert after == before, (before, after)
+    every = [*itertools.product(range(3), range(3), range(4))]
+    every.sort(key=lambda chosen: chosen[1] != (chosen[0] + chosen[2]) % 3)
+    turn = every[: count(12, 36)]
+    random.Random(0).shuffle(turn)
+    levels = []
+    for _ in range(2):
+        for method, mode, end in turn:
+            spoil, error = ends[end]
+            if end == 3 and modes[mode] == modes[-1]:
+                error = torch.cuda.OutOfMemoryError  # there is no lower one
+            with spoil(), contextlib.nullcontext() if error is None else pytest.raises(error):
+                run(h, [*METHODS][method], modes[mode], steps=1)
+            assert leftovers(h) == [], (method, mode, end)
+        levels.append(objects())
+    assert levels[0] == levels[1], levels
 
 
 # Out of memory ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.full_networks import base_model, kl_network
 from support.host_runs import Host, Probe, Scarce, layer_of, own_forwards, psld
+from support.tiny_checkpoints import conditioning
 
 # Out of memory ----------------------------------------------------------------------------------------------------------
 
@@ -66,6 +67,30 @@ def test_other_errors_are_not_taken_for_it(error: Exception, hosts: Callable[...
     with Scarce(layer_of(h, "network"), {1}, error) as scarce, pytest.raises(type(error), match=str(error)):
         h.sample(psld(h, "fastest"), steps=2)
     assert scarce.calls == 1
+
+
+@pytest.mark.parametrize("free", [None, 1000], ids=["free by all accounts", "too little free"])
+def test_lack_of_main_memory_says_what_helps_on_a_cpu(
+    free: int | None, hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as mm
+
+    h = hosts("sd15")
+    if free is not None:
+        monkeypatch.setattr(mm, "get_free_memory", lambda *_, **__: free)
+    error = RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")
+    with Scarce(layer_of(h, "decode"), set(range(1, 10)), error), pytest.raises(MemoryError) as failed:
+        h.sample(psld(h, "lowest"), steps=1)
+    way_out = "close other programs, or restart ComfyUI" if free is None else "a smaller batch"
+    assert str(failed.value).startswith(f"main memory is full even in mode lowest ({error}). This run needs about ")
+    assert str(failed.value).endswith(f" GB were free. To make it fit: {way_out}")
+
+
+def test_lack_of_main_memory_beside_a_gpu_is_not_explained_by_the_gpus(host: ModuleType) -> None:
+    estimate, gpu = host.Estimate(weights=2**30, stages=()), torch.device("cuda")
+    said = host.plugin._too_large(estimate, (64, 64), 2.0**30, gpu, MemoryError("1 TB"))
+    assert isinstance(said, MemoryError)
+    assert str(said) == "main memory is full even in mode lowest (1 TB). A smaller picture or batch needs less"
 
 
 def test_cpu_allocator_counts_as_out_of_memory(host: ModuleType) -> None:
@@ -128,9 +153,13 @@ def test_advice_names_a_size_that_fits(host: ModuleType) -> None:
     estimate = host.Estimate(weights=2**30, stages=(stage,))
     assert estimate.gigabytes("fastest") == 9.0
     assert estimate.gigabytes("lowest") == 5.0
-    text = estimate.advice((1024, 512), free=2 * 2**30)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    text = estimate.advice((1024, 512), 2 * 2**30, gpu)
     assert "about 320 x 640" in text  # sqrt(1.8 / 4) of 512 x 1024, in steps of 64
-    assert "would fit" not in estimate.advice((1024, 512), free=8 * 2**30)
+    assert text.endswith("a float16 or bfloat16 model and VAE instead of float32")
+    assert estimate.advice((1024, 512), 2 * 2**30, cpu) == "a picture of about 320 x 640 would fit; so may a smaller batch"
+    assert estimate.advice((1024, 512), 8 * 2**30, gpu) == "close other programs that use the GPU, or restart ComfyUI"
+    assert estimate.advice((1024, 512), 8 * 2**30, cpu) == "close other programs, or restart ComfyUI"
 
 
 def test_network_that_cannot_be_estimated_runs_in_the_lowest_mode(
@@ -147,3 +176,69 @@ def test_network_that_cannot_be_estimated_runs_in_the_lowest_mode(
         config["context_dim"] = width
     assert "diffusion_model" in seen
     assert "memory auto means lowest" in caplog.text
+
+
+@pytest.mark.parametrize("memory", ["auto", "lowest"])
+def test_the_lowest_mode_for_want_of_knowledge_is_explained_on_the_node(
+    memory: str, hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as mm
+
+    h = hosts("sd15")
+    config = h.model.model.model_config.unet_config
+    notes: list[list[str]] = [[], []]
+    with monkeypatch.context() as patch:
+        patch.delitem(config, "context_dim")
+        h.sample(h.sampler(Probe(lambda *_, **__: None), memory=memory, notes=notes[0]))
+    monkeypatch.setattr(mm, "get_free_memory", lambda *_, **__: 0)
+    h.sample(h.sampler(Probe(lambda *_, **__: None), memory=memory, notes=notes[1]))
+    if memory == "lowest":  # the user's own choice
+        assert notes == [["memory: lowest"], ["memory: lowest"]]
+    else:
+        assert notes[0][0].startswith("memory: lowest, for the memory that ")
+        assert "cannot be estimated" in notes[0][0]
+        assert notes[1] == ["memory: lowest, for no memory is known to be free"]
+
+
+# Runs of one node -------------------------------------------------------------------------------------------------------
+
+
+def test_restore_estimates_once_and_stays_in_the_mode_that_it_fell_back_to(
+    hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = hosts("sd15")
+    plugin, restore = h.pack.nodes.host.plugin, h.pack.nodes.restore
+    estimate, recomputing = plugin.estimate, plugin.recomputing
+    estimates, modes = [], []
+    monkeypatch.setattr(plugin, "estimate", lambda *given: estimates.append(1) or estimate(*given))
+    monkeypatch.setattr(plugin, "recomputing", lambda mode, *given: modes.append(mode) or recomputing(mode, *given))
+    monkeypatch.setitem(restore.CALLS["PSLD"], "fast", 1)
+
+    def run() -> torch.Tensor:
+        given = (h.model, h.vae, conditioning("sd15", 1), h.measurement(2), "PSLD", "fast", 0, 1.0)
+        with torch.inference_mode():
+            return restore.Restore.execute(*given, samples=2, memory="fastest").args[0]
+
+    expected = run()
+    assert (modes, estimates) == (["fastest"] * 4, [1])
+    modes.clear()
+    with Scarce(h.model.model.diffusion_model.out[2], {2}):  # of the second sample
+        result = run()
+    assert modes == ["fastest", "fastest", "balanced", "balanced", "balanced"]
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+    modes.clear()
+    run()
+    assert modes == ["fastest"] * 4  # nothing is kept for the next prompt
+    assert estimates == [1] * 3
+
+
+def test_runs_of_a_sampler_node_are_their_own(hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its SAMPLER may be used for other sizes and models."""
+    h = hosts("sd15")
+    plugin, shapes = h.pack.nodes.host.plugin, []
+    estimate = plugin.estimate
+    monkeypatch.setattr(plugin, "estimate", lambda *given: shapes.append(given[2]) or estimate(*given))
+    sampler = h.sampler(Probe(lambda *_, **__: None))
+    for batch in (1, 2):
+        h.sample(sampler, latent=h.latent(batch))
+    assert [shape[0] for shape in shapes] == [1, 2]

@@ -1,6 +1,7 @@
 """A ComfyUI that renamed or removed something loses one feature, with a message, and never the pack."""
 
 import asyncio
+import dataclasses
 import importlib
 import sys
 from collections.abc import Callable
@@ -230,14 +231,37 @@ def test_demo_prior_without_its_loader(hosts: Callable[..., Host], monkeypatch: 
         h.pack.nodes.demo.LoadDemoPrior.execute()
 
 
-def test_own_mistakes_are_not_taken_for_it(hosts: Callable[..., Host]) -> None:
-    host = hosts("sd15").pack.nodes.host
+def test_own_mistakes_are_not_taken_for_it(hosts: Callable[..., Host], caplog: pytest.LogCaptureFixture) -> None:
+    h = hosts("sd15")
+    host = h.pack.nodes.host
     with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'shape'"), host.naming_what_is_missing():
         None.shape  # noqa: B018
     with pytest.raises(ImportError, match="numpy"), host.naming_what_is_missing():
         from numpy import no_such_thing  # noqa: F401
-    with pytest.raises(ValueError, match=r"has no comfy\.no_such_module"), host.naming_what_is_missing():
+    # Nor are those of other nodes: what they hang on a model runs within a run of ours.
+    others = h.model.clone()
+    others.set_model_unet_function_wrapper(lambda *_: h.model.model.model_sampling.does_not_exist)
+    with pytest.raises(AttributeError, match="no attribute 'does_not_exist'"):
+        psld(dataclasses.replace(h, model=others))
+    with pytest.raises(AttributeError, match="no attribute 'does_not_exist'"), host.without("this feature"):
+        find("comfy.samplers").does_not_exist  # noqa: B018
+    with pytest.raises(ImportError), host.without("this feature"):
         import comfy.no_such_module  # noqa: F401
+    assert "this feature" not in caplog.text
+
+
+def test_a_part_of_a_network_and_a_module_that_are_not_there(
+    hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's own way of looking up parts stands between them and us, and Python's of importing."""
+    h = hosts("sd15")
+    host = h.pack.nodes.host
+    monkeypatch.delattr(find("comfy.model_base.BaseModel"), "get_dtype_inference")
+    with pytest.raises(ValueError, match=r"no comfy\.model_base\.\w+\.get_dtype_inference"), host.naming_what_is_missing():
+        host.plugin.lowest_precision(h.model.model, None)
+    monkeypatch.setitem(sys.modules, "comfy.samplers", None)
+    with pytest.raises(ValueError, match=r"this ComfyUI has no comfy\.samplers, which"), host.naming_what_is_missing():
+        host.sigmas_of(h.model, 1, "normal")
 
 
 def find(path: str) -> ModuleType | type:
