@@ -2,7 +2,8 @@
 PYTHON ?= python3
 setup = $(PYTHON) dev/setup_host.py
 # Assigned when a recipe runs, so that a failed set-up stops it.
-env = ENV_PYTHON="$$($(setup) python)" && "$$ENV_PYTHON"
+interpreter = ENV_PYTHON="$$($(setup) python)"
+env = $(interpreter) && "$$ENV_PYTHON"
 
 # A checkout that the user named is not written to, not even Python's caches.
 ifdef COMFYUI_DIR
@@ -30,21 +31,25 @@ help:
 demo:
 	@$(env) dev/demo.py
 
-# Two processes for two cores; what the first says comes after what the second does.
+# Two processes for two cores; what the first says comes after what the second does. A shell starts what is in the background deaf
+# to Ctrl-C: a SIGTERM ends both instead, as Ctrl-C would, so that the tests stop the servers they have started.
 in_process = $(or $(filter tests/host,$(parts)),tests/host tests/browser)
 rest = $(or $(filter tests/server,$(parts)),tests --ignore=tests/host --ignore=tests/browser)
-both = { log="$$(mktemp)"; "$$ENV_PYTHON" -m pytest $(1) --part in-process $(in_process) >"$$log" 2>&1 & \
-	"$$ENV_PYTHON" -m pytest $(1) --part rest $(rest); rest=$$?; \
-	wait $$!; in_process=$$?; cat "$$log"; rm "$$log"; exit $$((rest | in_process)); }
+pytest = "$$ENV_PYTHON" -c 'import pytest, signal, sys; signal.signal(signal.SIGTERM, signal.default_int_handler); sys.exit(pytest.main())'
+both = { log="$$(mktemp)"; first=; second=; trap 'trap "" INT TERM; kill $$first $$second; wait; rm "$$log"; exit 130' INT TERM; \
+	$(pytest) $(1) --part in-process $(in_process) >"$$log" 2>&1 & first=$$!; \
+	$(pytest) $(1) --part rest $(rest) & second=$$!; \
+	wait $$second; rest=$$?; wait $$first; in_process=$$?; cat "$$log"; rm "$$log"; exit $$((rest | in_process)); }
 
 test:
 	@$(env) -m ruff check . && "$$ENV_PYTHON" -m ruff format --check . && $(both)
 
 test-full:
-	@ENV_PYTHON="$$($(setup) python)" && $(call both,--full)
+	@$(interpreter) && $(call both,--full)
 
+# In the shell's place, so that a signal to make ends it.
 serve:
-	@$(env) dev/serve.py
+	@$(interpreter) && exec "$$ENV_PYTHON" dev/serve.py
 
 # deepinv and what it imports take part in the comparison only; they are no dependency and stay outside the environment.
 bench:

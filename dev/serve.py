@@ -24,15 +24,27 @@ def pick_port() -> int:
     """The environment's PORT, else a free one.
 
     Raises:
-        SetupError: PORT is no port.
+        SetupError: PORT is no port, or not free.
     """
     wanted = os.environ.get("PORT")
-    if wanted:
-        if not (wanted.isdecimal() and 0 < int(wanted) < 65536):
-            raise SetupError(f"PORT={wanted} is no port: give a number from 1 to 65535.")
-        return int(wanted)
+    if not wanted:
+        return free_port() if unusable(USUAL_PORT) else USUAL_PORT
+    if not (wanted.isdecimal() and 0 < int(wanted) < 65536):
+        raise SetupError(f"PORT={wanted} is no port: give a number from 1 to 65535.")
+    if why := unusable(int(wanted)):
+        raise SetupError(f"PORT={wanted} cannot be used ({why}): give another, or none for one that is free.")
+    return int(wanted)
+
+
+def unusable(port: int) -> str | None:
+    """Why nothing can listen there."""
     with socket.socket() as s:
-        return USUAL_PORT if s.connect_ex(("127.0.0.1", USUAL_PORT)) else free_port()
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as ComfyUI does: one that has just ended is no hindrance
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError as error:
+            return error.strerror
+    return None
 
 
 def model_folders(comfyui: Path, base: Path) -> list[str]:
@@ -53,11 +65,14 @@ def main() -> int:
         return 1
     base = paths["base"]
     extra = sys.argv[1:] or ([] if has_gpu() else ["--cpu"])
-    extra += ["--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}"]
+    # Of its own for each port: ComfyUI locks it, and two servers may run at once.
+    extra += ["--database-url", f"sqlite:///{base / 'user' / f'comfyui-{port}.db'}"]
+    models = [base / "models"]
     if os.environ.get("COMFYUI_DIR"):
         extra += model_folders(paths["comfyui"], base)
+        models.insert(0, paths["comfyui"] / "models")
     print(f"ComfyUI will answer at http://127.0.0.1:{port} ; the templates are under Templates > comfyui-posterior.")
-    print(f"Models go into {base / 'models'}, results into {base / 'output'}. Ctrl-C stops it.", flush=True)
+    print(f"Models go into {' or '.join(map(str, models))}, results into {base / 'output'}. Ctrl-C stops it.", flush=True)
     os.chdir(base)
     # Replaced, not started beside: a signal then reaches ComfyUI itself.
     arguments = command(sys.executable, paths["comfyui"], base, port, *extra)

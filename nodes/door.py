@@ -72,11 +72,11 @@ def refuse_unusable(spec: io.Input, value: Any) -> None:
             raise ValueError(f"{spec.id}: got nothing. {start} it; if it is connected, the node before it gave nothing")
     elif (kind := KINDS.get(spec.io_type)) and not isinstance(value, kind):
         raise ValueError(
-            f"{spec.id}: got a {type(value).__name__}, expected a {spec.io_type}; connect an output of that kind, another pack may use its name"
+            f"{spec.id}: got a {type(value).__name__}, expected {spec.io_type}; connect an output of that kind, another pack may use its name"
         )
     elif spec.io_type == "MODEL" and not hasattr(value, "get_model_object"):
         raise ValueError(
-            f"{spec.id}: got a {type(value).__name__}, expected a MODEL; connect Load Checkpoint or Load Diffusion Model"
+            f"{spec.id}: got a {type(value).__name__}, expected MODEL; connect Load Checkpoint or Load Diffusion Model"
         )
     elif spec.io_type == "LATENT" and not isinstance(value.get("samples"), Tensor):
         raise ValueError(f"{spec.id}: has no samples; connect Start Latent or another node that gives a LATENT")

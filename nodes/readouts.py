@@ -251,7 +251,9 @@ class Compare(io.ComfyNode):
         if len(b) not in (1, len(a)):
             raise ValueError(f"image: got a batch of {len(a)} for {len(b)} pictures at truth; they must be equal, or truth one")
         if min(a.shape[2:]) < WINDOW:
-            raise ValueError(f"image: is {a.shape[3]} x {a.shape[2]}; SSIM looks at windows of {WINDOW} x {WINDOW} pixels")
+            raise ValueError(
+                f"image: is {a.shape[3]} x {a.shape[2]}; SSIM looks at windows of {WINDOW} x {WINDOW} pixels; connect larger pictures"
+            )
         # As they are shown and saved: from black to white, nothing beyond.
         a, b = (((v + 1) / 2).clamp(0, 1) for v in (a, b.expand_as(a)))
         error = (a - b).square().mean(1)

@@ -21,11 +21,13 @@ CALLS = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
 MODULES = {
     "pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "code", "codeop", "runpy", "ctypes", "cffi", "socket",
     "ssl", "http", "urllib", "urllib3", "requests", "aiohttp", "httpx", "ftplib", "smtplib", "websocket", "websockets", "webbrowser",
-    "subprocess", "pty", "builtins", "posix", "huggingface_hub", "torchvision", "lpips",
+    "subprocess", "pty", "builtins", "posix", "huggingface_hub", "torchvision", "lpips", "multiprocessing", "concurrent",
+    "socketserver", "xmlrpc", "imaplib", "poplib", "telnetlib", "nntplib",
 }  # fmt: skip
 # By their full names; one that ends with a star stands for all that begin so.
 USES = (
     "torch.load", "torch.save", "torch.compile", "torch.hub.load*", "torch.hub.download_url_to_file", "torch.jit.load",
+    "torch.jit._load*", "torch.package.*", "torch.multiprocessing.*", "torch.distributed.*", "torch.ops.load_library",
     "torch.serialization.*", "os.system", "os.popen", "os.exec*", "os.spawn*", "os.posix_spawn*", "os.fork*", "os.startfile",
     "importlib.import_module", "importlib.reload", "importlib.util.spec_from*", "importlib.util.module_from_spec", "importlib.machinery.*",
     "asyncio.open_connection", "asyncio.open_unix_connection", "asyncio.start_server", "asyncio.create_subprocess*", "yaml.load",
@@ -35,6 +37,13 @@ SCRIPT = re.compile(
     r"\beval\(|\bFunction\(|\bimport\(|\bfetch\(|XMLHttpRequest|WebSocket|EventSource|sendBeacon|https?://|innerHTML|document\.write"
 )
 EXCEPTION = ["nodes/readouts.py: imports lpips"]
+# Training makes its pictures and steps in several processes. No published archive has it, and no node loads it: the deeds show that.
+TRAINING = (
+    "prior/training/data.py: imports multiprocessing",
+    "prior/training/run.py: imports multiprocessing",
+    "prior/training/run.py: uses torch.distributed.",
+    "prior/training/loop.py: uses torch.distributed.",
+)
 
 
 def sources() -> list[Path]:
@@ -70,7 +79,7 @@ def suspicious(path: Path) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id in CALLS:
             found.append(f"uses {node.id}")
-        if isinstance(node, ast.Attribute) and forbidden(name := full_name(node, meant)):
+        if isinstance(node, ast.Attribute | ast.Call) and forbidden(name := full_name(node, meant)):
             found.append(f"uses {name}")
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and getattr(node.value, "value", None) is not False:
             found.append("allows pickles")
@@ -78,16 +87,20 @@ def suspicious(path: Path) -> list[str]:
 
 
 def full_name(node: ast.expr, meant: dict[str, str]) -> str:
-    """a.b.c of an expression, with a as it was imported; empty where there is a call or the like in it."""
+    """a.b.c of an expression, with a as it was imported, and of getattr(a.b, "c"); empty where there is another call or the like."""
     if isinstance(node, ast.Name):
         return meant.get(node.id, node.id)
+    if isinstance(node, ast.Call) and full_name(node.func, meant) == "getattr" and len(node.args) > 1:
+        owner, name = full_name(node.args[0], meant), getattr(node.args[1], "value", "")
+        return f"{owner}.{name}" if owner else ""
     if isinstance(node, ast.Attribute) and (owner := full_name(node.value, meant)):
         return f"{owner}.{node.attr}"
     return ""
 
 
 def test_no_source_runs_data_or_talks_to_a_network() -> None:
-    assert [what for path in sources() for what in suspicious(path)] == EXCEPTION
+    found = [what for path in sources() for what in suspicious(path)]
+    assert [what for what in found if not what.startswith(TRAINING)] == EXCEPTION
 
 
 def test_no_script_runs_data_or_talks_to_a_network() -> None:
@@ -113,6 +126,16 @@ def test_no_script_runs_data_or_talks_to_a_network() -> None:
         "from importlib import import_module as load",
         "import asyncio\nasyncio.open_connection(x)",
         "import numpy as np\nnp.load(x, allow_pickle=True)",
+        "from multiprocessing.connection import Client",
+        "from concurrent.futures import ProcessPoolExecutor",
+        "import xmlrpc.client",
+        "import torch\ntorch.package.PackageImporter(x)",
+        "from torch.package import PackageImporter",
+        "import torch\ntorch.jit._load_for_lite_interpreter(x)",
+        "import torch\ntorch.ops.load_library(x)",
+        "import torch.distributed as dist\ndist.init_process_group(x)",
+        'import torch\ngetattr(torch, "load")(x)',
+        'import torch as t\ngetattr(t.hub, "load")(x)',
     ],
 )
 def test_the_search_finds_it(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +175,9 @@ def allowed(path, roots):
     if isinstance(path, int):
         return True
     path = os.path.realpath(os.fsdecode(path))
-    return "__pycache__" in path or any(path == top or path.startswith(top + os.sep) for top in map(os.path.realpath, roots))
+    if roots is readable and "__pycache__" in path:
+        return True
+    return any(path == top or path.startswith(top + os.sep) for top in map(os.path.realpath, roots))
 
 def ours(depth):
     frame = sys._getframe(depth)
@@ -243,6 +268,7 @@ files = sorted(str(path.relative_to(base.name)) for path in Path(base.name).rglo
 strays = sorted(os.listdir()) + sorted(os.listdir(Path.home())) + sorted(set(os.listdir(tempfile.gettempdir())) - there)
 alive = True
 for blind in (lambda: open("probe", "w").close(), lambda: os.rename("probe", b"probe2"), lambda: os.remove("probe2"), lambda: open(cache + "/x").close(),
+              lambda: open("__pycache__", "w").close(),
               lambda: safetensors.torch.save_file({}, "probe")):
     before = len(seen)
     blind()
@@ -256,7 +282,8 @@ torch.hub.set_dir(cache)
 with torch.inference_mode():
     text = compare.execute(picture, picture, 0.2).ui["text"][0]
 alive = False
-print(json.dumps({"seen": seen[:checks], "refused": refused, "files": files, "strays": strays, "perceived": text, "then": seen[before:]}))
+training = [name for name in sys.modules if "prior.training" in name]
+print(json.dumps({"seen": seen[:checks], "training": training, "refused": refused, "files": files, "strays": strays, "perceived": text, "then": seen[before:]}))
 """
 
 LPIPS = """
@@ -310,6 +337,7 @@ def test_nothing_is_done_that_the_source_does_not_show(deeds: dict[str, object])
     """Import the pack and run every node, under an audit hook."""
     assert deeds["seen"] == []
     assert deeds["refused"] == {}
+    assert deeds["training"] == []
 
 
 def test_files_are_written_into_comfyuis_folders_only(deeds: dict[str, object]) -> None:

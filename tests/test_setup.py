@@ -2,6 +2,8 @@
 
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ from collections import namedtuple
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
 import tomllib
 
@@ -49,6 +52,114 @@ def test_a_port_that_is_none_is_named(port: str) -> None:
     done = subprocess.run(serve, capture_output=True, text=True, check=False, env={**os.environ, "PORT": port})
     assert done.returncode == 1
     assert done.stderr == f"ERROR: PORT={port} is no port: give a number from 1 to 65535.\n"
+
+
+@pytest.fixture
+def serve(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """dev/serve.py, up to where it becomes ComfyUI; what that would be called with is in `started`."""
+    import dev.server
+
+    monkeypatch.setitem(sys.modules, "server", dev.server)  # ComfyUI has a module of this name, too
+    import serve
+
+    serve.started = []
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--cpu"])
+    monkeypatch.setattr(serve.os, "execv", lambda _, arguments: serve.started.append(arguments))
+    monkeypatch.setattr(serve.os, "chdir", lambda _: None)
+    return serve
+
+
+def test_a_port_that_is_taken_is_named_before_anything_starts(
+    serve: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setenv("PORT", str(port))
+        assert serve.main() == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(rf"ERROR: PORT={port} cannot be used \(.*in use\): give another, or none .*\n", said.err)
+    assert serve.started == []
+    serve.main()  # now it is free
+    assert str(port) in serve.started[0]
+
+
+def test_two_servers_of_a_checkout_have_a_database_each(serve: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        monkeypatch.setenv("PORT", str(serve.free_port()))
+        serve.main()
+    databases = [arguments[arguments.index("--database-url") + 1] for arguments in serve.started]
+    assert databases[0] != databases[1]
+
+
+def test_serve_says_that_models_go_into_the_comfyui_that_was_named(
+    serve: ModuleType, setup: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    paths = setup.prepare()
+    monkeypatch.setenv("COMFYUI_DIR", str(paths["comfyui"]))
+    serve.main()
+    assert f"Models go into {paths['comfyui']}/models or {paths['base']}/models, results" in capsys.readouterr().out
+
+
+# What make starts, stopped by a signal ------------------------------------------------------------------------------------
+
+SLOW = """
+import os, pathlib, time
+def test_slow(request):
+    mark = pathlib.Path(__file__).with_suffix("")
+    mark.with_suffix(".pid").write_text(str(os.getpid()))
+    request.addfinalizer(mark.with_suffix(".tidied").touch)
+    time.sleep(60)
+"""
+
+
+def make(tmp_path: Path, interpreter: str, *arguments: str) -> subprocess.Popen:
+    """make in a session of its own, as in a terminal, with a set-up that names a stand-in for the interpreter."""
+    for name, script in {"interpreter": interpreter, "setup": f"echo {tmp_path / 'interpreter'}"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    return subprocess.Popen(
+        ["make", "-C", ROOT, f"setup={tmp_path / 'setup'}", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # this test may itself run in the background
+    )
+
+
+def wait_for(paths: list[Path]) -> list[int]:
+    """The process ids in files that are to come."""
+    deadline = time.monotonic() + 60
+    while not all(path.is_file() and path.read_text().strip() for path in paths):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return [int(path.read_text()) for path in paths]
+
+
+@pytest.mark.parametrize("to_all", [True, False], ids=["Ctrl-C", "kill"])
+def test_make_test_that_is_stopped_leaves_nothing_running(to_all: bool, tmp_path: Path) -> None:
+    """Ctrl-C goes to all that run in the terminal, kill to make alone. Both processes end as by Ctrl-C: their tests tidy up."""
+    tests = [tmp_path / "test_first.py", tmp_path / "test_second.py"]
+    for test in tests:
+        test.write_text(SLOW)
+    parts = [f"{name}=-p tests.conftest {test}" for name, test in zip(("in_process", "rest"), tests, strict=True)]
+    no_ruff = f'[ "$2" = ruff ] || exec {sys.executable} "$@"'
+    with make(tmp_path, no_ruff, "test", *parts) as made:
+        ids = wait_for([test.with_suffix(".pid") for test in tests])
+        os.killpg(made.pid, signal.SIGINT) if to_all else made.terminate()
+        assert made.wait(60) != 0
+    assert not any(map(psutil.pid_exists, ids))
+    assert all(test.with_suffix(".tidied").exists() for test in tests)
+    assert not list(tmp_path.glob("tmp.*"))  # the log
+
+
+def test_make_serve_that_is_killed_leaves_nothing_running(tmp_path: Path) -> None:
+    with make(tmp_path, f"echo $$ >{tmp_path / 'pid'}; exec sleep 60", "serve") as made:
+        (number,) = wait_for([tmp_path / "pid"])
+        made.terminate()
+        made.wait(30)
+    assert not psutil.pid_exists(number)
 
 
 def test_make_prints_the_interpreter_alone() -> None:

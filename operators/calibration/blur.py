@@ -87,7 +87,7 @@ def estimate_blur_from_edge(crop: Tensor) -> BlurEstimate:
     )
     if sigma < 0.5:
         raise ValueError(
-            f"crop: the edge is as sharp as pixels show (sigma {sigma:.2f}, told from 0.5 on); there is no blur to undo"
+            f"crop: the edge is as sharp as pixels show (sigma {sigma:.2f}, told from 0.5 on); leave out the blur, there is none to undo"
         )
     return BlurEstimate(sigma, low, high, height)
 
@@ -173,7 +173,9 @@ def estimate_gaussian_blur(image: Tensor) -> BlurEstimate:
         raise ValueError(f"image: noise ({noise:.3f}) hides how wide its edges are; use a crop with one long edge instead")
     sigma = math.sqrt(max(scale**2 / (float(ratio.median()) ** 2 - 1) - scale**2, 0.0))
     if sigma < 1.4:
-        raise ValueError(f"image: its edges are {sigma:.1f} pixels wide, as in sharp photos; a blur below 1.4 cannot be told")
+        raise ValueError(
+            f"image: its edges are {sigma:.1f} pixels wide, as in sharp photos; use a crop with one long edge instead, for a blur below 1.4"
+        )
     return BlurEstimate(sigma, 0.75 * sigma, 1.5 * sigma, float(gradient.median()) * sigma * math.sqrt(2 * math.pi))
 
 
@@ -190,7 +192,7 @@ def _strongest_edges(grey: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     inside = (..., slice(margin, -margin), slice(margin, -margin))
     gradient, ratio = middle[inside][ridge[inside]], (middle / again[..., 1:-1, 1:-1].clamp(min=1e-12))[inside][ridge[inside]]
     if len(gradient) < 50 or float(gradient.max()) < LEVEL:
-        raise ValueError("image: has no edges to measure")
+        raise ValueError("image: has no edges to measure; use a crop with one long edge instead")
     strongest = gradient.topk(max(50, round(0.02 * len(gradient))))
     return strongest.values, ratio[strongest.indices].clamp(min=1 + 1e-9)
 

@@ -104,7 +104,9 @@ def estimate_blur_from_point(crop: Tensor) -> PointEstimate:
     if relative > 0.25:
         raise ValueError(f"crop: noise would be {100 * relative:.0f} % of the kernel; crop a brighter point")
     if max(spread) < 0.25:
-        raise ValueError("crop: the point is as sharp as pixels show (under half a pixel); there is no blur to undo")
+        raise ValueError(
+            "crop: the point is as sharp as pixels show (under half a pixel); leave out the blur, there is none to undo"
+        )
     kernel = _cut_out(taps, [round(c) for c in centre])
     return PointEstimate(kernel, error, relative, math.copysign(peak, float(colour @ weights.abs())))
 

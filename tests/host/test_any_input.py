@@ -1,15 +1,27 @@
 """Whatever a graph hands to a node comes out right, or as an error that names the input."""
 
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
-from support.any_input import Picture, Surface, input_names, names_an_input, prepared, realised
+from support.any_input import (
+    FOREIGN,
+    LINKED,
+    NO_PICTURE,
+    Picture,
+    Surface,
+    any_number,
+    input_names,
+    names_an_input,
+    prepared,
+    realised,
+)
 from support.host_runs import SIZE, Host, Probe
 from torch import Tensor
 
@@ -69,6 +81,64 @@ def test_no_node_is_left_out(pack: ModuleType) -> None:
     assert takes_something <= {*NODES}
 
 
+@pytest.mark.parametrize(
+    ("message", "right"),
+    [
+        ("image: has an alpha channel. Load it with Load Image", True),
+        ("first, second: got sizes 3 and 4, expected the same", True),
+        ("image: is 64 x 10; SSIM looks at windows of 11 x 11 pixels", False),
+        ("photo: has no edges to measure", False),
+        ("photo: nothing can be told of the set that people use", False),
+        ("Expected all tensors to be on the same device: connect them", False),
+    ],
+)
+def test_a_message_names_an_input_and_a_remedy(message: str, right: bool) -> None:
+    assert names_an_input(message, {"image", "photo", "first", "second"}) == right
+
+
+def test_one_above_its_range_is_drawn_of_what_is_lengthy(pack: ModuleType) -> None:
+    (spec,) = (spec for spec in all_nodes(pack)["PosteriorRestore"].define_schema().inputs if spec.id == "samples")
+    find(any_number(spec, True), lambda drawn: drawn == spec.max + 1)
+
+
+def test_every_link_refuses_what_is_no_object_of_its_type(surface: Surface) -> None:
+    """The drawn inputs have some of it; here is all, beside inputs that are right."""
+    right = {kind: next(iter(known.values())) for kind, known in [*surface.made.items(), *surface.ready.items()] if known}
+    right |= {"MEASUREMENT": surface.value("MEASUREMENT", "area"), "IMAGE": torch.rand(1, 32, 48, 3)}
+    right |= {"MASK": torch.ones(1, 32, 48), "LATENT": {"samples": torch.zeros(1, 4, 4, 6)}}
+
+    def links(specs: list[Any]) -> Iterator[Any]:
+        for spec in specs:
+            if spec.io_type in LINKED:
+                yield spec
+            for option in getattr(spec, "options", None) or []:
+                yield from links(getattr(option, "inputs", []))
+
+    def arguments(specs: list[Any], link: str, foreign: Any) -> dict[str, Any]:
+        made = {}
+        for spec in specs:
+            if spec.id == link:
+                made[link] = foreign
+            elif spec.io_type == "COMFY_DYNAMICCOMBO_V3":
+                option = next((option for option in spec.options if link in input_names(option.inputs)), spec.options[0])
+                made[spec.id] = {spec.id: option.key, **arguments(option.inputs, link, foreign)}
+            elif spec.io_type in LINKED and (not spec.optional or spec.id == "measurement"):
+                made[spec.id] = right[spec.io_type]
+            elif spec.io_type not in LINKED:
+                made[spec.id] = spec.options[0] if spec.default is None else spec.default
+        return made
+
+    tried = set()
+    for node in all_nodes(surface.pack).values():
+        specs = node.define_schema().inputs
+        for link, foreign in itertools.product(links(specs), FOREIGN):
+            with torch.inference_mode(), pytest.raises(ValueError, match=f"^{link.id}: ") as refused:
+                node.execute(**arguments(specs, link.id, foreign))
+            assert names_an_input(str(refused.value), {link.id})
+            tried.add(link.io_type)
+    assert tried == {*LINKED}
+
+
 @pytest.mark.parametrize("name", NODES)
 def test_right_or_an_error_that_names_the_input(
     name: str,
@@ -107,6 +177,8 @@ def test_right_or_an_error_that_names_the_input(
                 cases.append(False)
                 return
             check_outputs(node, arguments, outputs)
+            images = [drawn[spec.id] for spec in specs if spec.io_type == "IMAGE" and drawn.get(spec.id) is not None]
+            assert not any(isinstance(image, Picture) and image.content in NO_PICTURE for image in images)
         cases.append(True)
         for key, value in before.items():  # other nodes hold it too
             assert torch.equal(arguments[key].nan_to_num(), value.nan_to_num()), key

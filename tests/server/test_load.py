@@ -1,5 +1,6 @@
 """Many prompts on one server, two at a time, and a server that is killed: nothing grows, nothing mixes, nothing is lost."""
 
+import itertools
 import random
 import statistics
 import threading
@@ -28,13 +29,19 @@ CHOICE = {
         "kernel": "gaussian", "kernel.sigma": 2.0, "kernel.sigma_across": 0.0, "kernel.angle": 0.0, "boundary": "circular",
     }),
 }  # fmt: skip
+SIDES, METHODS = (64, 72, 96), ("C-PiGDM", "PSLD")
+FIRST = [*itertools.product(SIDES, METHODS)]  # of the first prompts
 
 
 def task(number: int, save: str | None = None, quality: str = "fast") -> Prompt:
-    """One of many: the operator, the size, the noise, the method and the seed depend on the number."""
+    """One of many: the operator, the size, the noise, the method and the seed depend on the number. Most are small and quick."""
     draw = random.Random(number)
     kind = draw.choice([*CHOICE])
-    side = draw.choice([64, 64, 72, 96])
+    side, method = draw.choice([SIDES[0], *SIDES]), draw.choice([METHODS[0], METHODS[0], *METHODS])
+    if save:
+        method = METHODS[0]
+    elif number < len(FIRST):
+        side, method = FIRST[number]
     prompt: Prompt = {"1": {"class_type": "PosteriorLoadDemoPrior", "inputs": {}, "_meta": {"title": "Prior"}}}
     whole = add(prompt, "Whole", "PosteriorDemoPictures", first=number % 7, count=1)
     size = {"width": side, "height": side, "upscale_method": "area", "crop": "disabled"}
@@ -47,8 +54,7 @@ def task(number: int, save: str | None = None, quality: str = "fast") -> Prompt:
     noise = {"noise": "Gaussian", "noise.sigma": sigma, "seed": number}
     measure = add(prompt, "Measure", "PosteriorMeasureSimulate", image=[photo, 0], operator=[operator, 0], **noise)
     text = add(prompt, "Text", "CLIPTextEncode", clip=["1", 1], text="")
-    given = {"method": "C-PiGDM" if save else draw.choice(["C-PiGDM", "C-PiGDM", "C-PiGDM", "PSLD"]), "quality": quality}
-    given |= {"seed": number, "cfg": 1.0, "memory": draw.choice(["auto", "lowest"])}
+    given = {"method": method, "quality": quality, "seed": number, "cfg": 1.0, "memory": draw.choice(["auto", "lowest"])}
     links = {"model": ["1", 0], "vae": ["1", 2], "positive": [text, 0], "measurement": [measure, 0]}
     restore = add(prompt, "Restore", "PosteriorRestore", **links, **given)
     add(prompt, "Result", "PreviewImage" if save is None else "SaveImage", images=[restore, 0])
@@ -96,23 +102,25 @@ def comfyui() -> Path:
 def test_many_prompts(
     server: Server, base: Path, comfyui: Path, count: Callable[[int, int], int], note: Callable[[str], None], tmp_path: Path
 ) -> None:
-    """Memory does not grow, two clients do not mix, and the last results are those of a fresh server.
+    """Memory does not grow, two clients do not mix, and the results are those of a fresh server.
 
-    Memory goes up and down by 1 % as allocators have it: medians of five readings at each end. With a server of 1 GB, the few
-    prompts of `make test` show what keeps some 4 MB of each, the 200 of `make test-full` what keeps 150 kB.
+    Memory goes up and down by 1 % as allocators have it: medians of five readings at each end. How much of each prompt has to stay
+    to be seen is noted: the 200 of `make test-full` show a thirtieth of what the few of `make test` do.
     """
-    warm, number = count(12, 40), count(17, 200)  # each size and method is run before the first reading counts
+    warm, number = count(12, 40), count(17, 200)
+    assert warm - 5 >= len(FIRST)  # each size has been run with each method before the first reading
     results, levels = {}, {}
     for i in range(number):
         results[i] = result(server, task(i))
         if warm - 5 <= i < warm or number - 5 <= i:
             levels[i] = memory(server) / 2**20
     before, after = (statistics.median(part) for part in (list(levels.values())[:5], list(levels.values())[5:]))
+    least = 0.02 * before / (number - warm)
     note(f"memory of the server: {before:.0f} MiB after {warm} prompts, {after:.0f} MiB after {number}")
+    note(f"what keeps {least:.2f} MiB of each prompt or more is seen")
     assert after <= 1.02 * before, levels
 
-    again = [0, warm - 1, number - 1]
-    assert all(np.array_equal(result(server, task(i)), results[i]) for i in again)
+    assert np.array_equal(result(server, task(0)), results[0])
     pair = {i: Client(server, task(i)) for i in (1001, 1002)}  # prompts that this server has not seen
     for client in pair.values():
         client.thread.start()
@@ -124,7 +132,8 @@ def test_many_prompts(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # as the first one has
         with running(server.process.args[0], comfyui, base, tmp_path / "second.log", "--cpu") as fresh:
-            assert all(np.array_equal(result(fresh, task(i)), results[i]) for i in again)
+            again = [*range(0, number - 1, max(4, number // 20)), number - 1]
+            assert [i for i in again if not np.array_equal(result(fresh, task(i)), results[i])] == []
             assert all(np.array_equal(result(fresh, task(i)), client.picture) for i, client in pair.items())
             killed_while_it_samples(fresh, base)
 

@@ -5,6 +5,7 @@ every tensor of another size, with NaN, or empty.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -18,10 +19,20 @@ from torch import Tensor
 SIDES = (1, 2, 3, 5, 8, 9, 16, 17, 24, 40, 64)
 WILD = (-1.0, -1e30, 1e30, 1e9, math.nan, math.inf, -math.inf, 0.0)
 LENGTHY = {"samples": 3}  # more of the same only takes longer: 64 samples of 50 calls are minutes
+LINKED = ("IMAGE", "MASK", "LATENT", "CONDITIONING", "MODEL", "VAE", "MEASUREMENT", "LINEAR_OPERATOR")
+NO_PICTURE = ("NaN", "infinite", "255", "1e10")  # contents that a node has to refuse
+FOREIGN = (0.5, "a cat", {"samples": 0.5})  # what comes over a link from a node of another pack that calls its type the same
 HOSTILE = (
     "", ".", "a", "../x", "a/../../x", "/etc/passwd", "/etc/passwd [output]", "../../input [temp]", "x\0y", "%date%", "a" * 250, "a" * 300 + "/b", "~", "C:\\x",
     "\\\\host\\share", "x.safetensors", "../x.safetensors [output]", "x.safetensors [temp]", "x [nowhere]",
 )  # fmt: skip
+# What is expected, what to do at the start of a part of the sentence, or which node to look at.
+REMEDY = re.compile(
+    r"\bexpected\b|\bone of\b|\bmust (be|give|reach)\b|\bis needed\b|\bonly\b.* works?\b|\bwent wrong\b"
+    r"|[;.,] (or |for that )?(Apply|Choose|Connect|Crop|Divide|Draw|Encode|Give|Invert|Leave|Load|Lower|Measure|Paint|Raise|Remove|Set"
+    r"|Start|Take|Use)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(repr=False)
@@ -137,7 +148,7 @@ def _pictures(last: tuple[int, ...], usual: tuple[int, ...] | None) -> st.Search
             shape = draw(st.sampled_from([shape[1:], (1, *shape), (0, *shape[1:]), (*shape[:-1], 5)]))
         content = draw(st.sampled_from(["random", "random", "random", "0", "1", "0.5", "wide"]))
         if _bad(draw):
-            content = draw(st.sampled_from(["NaN", "infinite"]))
+            content = draw(st.sampled_from(NO_PICTURE))
         dtype = draw(st.sampled_from(["float32", "float32", "float32", "float16", "float64"]))
         return Picture(shape, content, dtype, draw(st.integers(0, 9)))
 
@@ -159,12 +170,13 @@ def _latents(draw: st.DrawFn) -> dict[str, Picture]:
 
 
 @st.composite
-def _number(draw: st.DrawFn, spec: Any, whole: bool) -> float | int:
+def any_number(draw: st.DrawFn, spec: Any, whole: bool) -> float | int:
+    """For an INT or a FLOAT: mostly in its range."""
     low, high = (spec.min if spec.min is not None else -1e6), (spec.max if spec.max is not None else 1e6)
-    high = LENGTHY.get(spec.id, high)
     if _bad(draw):
-        wild = draw(st.sampled_from([*WILD, low - 1, high + 1]))
+        wild = draw(st.sampled_from([low - 1, high + 1, *WILD]))
         return int(wild) if whole and math.isfinite(wild) else wild if not whole else -(2**70)
+    high = LENGTHY.get(spec.id, high)
     near = min(high, max(low, (spec.default or 0) * 4 + 8))  # what people choose; the whole range may be 16384 wide
     if whole:
         return draw(
@@ -179,6 +191,8 @@ def _one(draw: st.DrawFn, surface: Surface, spec: Any, usual: tuple[int, ...] | 
     kind = spec.io_type
     if draw(st.integers(0, 40)) == 23:
         return None  # what a node before it gives that has nothing to give
+    if kind in LINKED and draw(st.integers(0, 20)) == 13:
+        return draw(st.sampled_from(FOREIGN))
     if kind == "IMAGE":
         if spec.id == "photo" and draw(st.booleans()):
             return Named(kind, draw(st.sampled_from([*surface.made[kind]])))
@@ -188,7 +202,7 @@ def _one(draw: st.DrawFn, surface: Surface, spec: Any, usual: tuple[int, ...] | 
     if kind == "LATENT":
         return draw(_latents())
     if kind in ("FLOAT", "INT"):
-        return draw(_number(spec, kind == "INT"))
+        return draw(any_number(spec, kind == "INT"))
     if kind == "BOOLEAN":
         return draw(st.booleans())
     if kind == "STRING":
@@ -249,9 +263,9 @@ def input_names(specs: list[Any]) -> set[str]:
 
 
 def names_an_input(message: str, names: set[str]) -> bool:
-    """Whether a message is about an input, or about several, and says more: "mask: is ...", "first, second: ..."."""
+    """Whether a message is about an input, or about several, and says what to do: "mask: is ...; invert it", "first, second: ..."."""
     subject, _, said = message.partition(":")
-    return len(said.split()) >= 3 and all(part in names for part in subject.split(" (")[0].split(", "))
+    return bool(REMEDY.search(said)) and all(part in names for part in subject.split(" (")[0].split(", "))
 
 
 def prepared(hosts: Callable[..., Any], load: Callable, tiny: Callable[..., Any]) -> dict[str, dict[str, Any]]:
