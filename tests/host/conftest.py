@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.fault_runs import unharmed
 from support.host_runs import Host
 from support.host_versions import narrow_decoders
 from support.in_process import NoComfyUI, load_pack, start_comfyui
-from support.tiny_checkpoints import write_checkpoint
+from support.tiny_checkpoints import conditioning, write_checkpoint
+from torch import Tensor
 
 try:
     BASE = start_comfyui("--cpu")  # removed when the process ends
@@ -96,3 +98,24 @@ def hosts(pack: ModuleType, tiny: Callable[..., Path], load: Callable) -> Callab
 @pytest.fixture(scope="session")
 def host(hosts: Callable[..., Host]) -> ModuleType:
     return hosts("sd15").pack.nodes.host
+
+
+@pytest.fixture
+def h(hosts: Callable[..., Host]) -> Iterator[Host]:
+    """A host that the test must leave as it was."""
+    with unharmed(hosts("sd15")) as host:
+        yield host
+
+
+@pytest.fixture
+def restore(h: Host, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Tensor]:
+    """Runs the Restore node on it, in two calls of the network."""
+    node = h.pack.nodes.restore
+    monkeypatch.setitem(node.CALLS["C-PiGDM"], "fast", 2)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            given = (h.model, h.vae, conditioning("sd15", 1), h.measurement(), "C-PiGDM", "fast", 0, 1.0)
+            return node.Restore.execute(*given, memory="fastest").args[0]
+
+    return run

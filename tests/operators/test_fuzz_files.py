@@ -77,7 +77,7 @@ def test_used_up_memory_is_not_taken_for_a_refusal(
     """Else the bound of memory could not be seen to be broken."""
     path = tmp_path / "file.safetensors"
     path.write_bytes(originals[-2])  # a Crop
-    record = operators.io._CLASSES["Crop"]
-    monkeypatch.setitem(operators.io._CLASSES, "Crop", operators.io._Record(record.arguments, exhaust))
+    record = operators.records.CLASSES["Crop"]
+    monkeypatch.setitem(operators.records.CLASSES, "Crop", operators.records.Record(record.arguments, exhaust))
     with bounded_memory(), pytest.raises((MemoryError, RuntimeError)):
         load_operator(path)
