@@ -68,6 +68,14 @@ class MemoryEstimate(io.ComfyNode):
         method: str = "PSLD",
     ) -> io.NodeOutput:
         shape = cls._latent_shape(vae, measurement, latent)
+        channels = model.model.latent_format.latent_channels
+        if shape[1] != channels:
+            if measurement is not None and vae is None:
+                raise ValueError("vae: is not connected, and this model does not work on pixels. Connect the model's VAE")
+            name, thing = ("latent", "a latent") if measurement is None else ("vae", "the VAE")
+            raise ValueError(
+                f"{name}: is of {shape[1]} channels, the model's latents have {channels}; connect {thing} of this model"
+            )
         shape = (batch or shape[0], *shape[1:])
         try:
             estimate = host.estimate(model.model, vae, shape, passes=2 if guidance else 1, network_gradient=method == "PSLD")

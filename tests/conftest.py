@@ -59,13 +59,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     part = config.getoption("--part")
     results = {kind: len(terminalreporter.stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped")}
     comfyui = (prepare()["comfyui"] / "comfyui_version.py").read_text().split('"')[-2]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    # The reports themselves, which the other process may have written just now, do not count as changes.
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--", ".", ":!tests/report*.md"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    commit = subprocess.run(["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True, check=False)
+    pack = commit.stdout.strip() + ("-dirty" if changed.stdout else "")
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "hypothesis", "pytest", "safetensors"))
     lines = [
         "# The last `make test-full`" + (f": {part}" if part else ""),
         "",
         f"* {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {(time.monotonic() - config.stash[_start]) / 60:.0f} minutes",
-        f"* ComfyUI {comfyui}, Python {platform.python_version()}, {packages}; {platform.machine()}, pack at {commit.stdout.strip()}",
+        f"* ComfyUI {comfyui}, Python {platform.python_version()}, {packages}; {platform.machine()}, pack at {pack}",
         f"* {', '.join(f'{number} {kind}' for kind, number in results.items())}",
         "",
         "| test | cases |",

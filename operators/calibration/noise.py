@@ -67,7 +67,7 @@ def white_noise(image: Tensor) -> tuple[float, float, float]:
     if int(varied.sum()) < total / 2:
         raise ValueError(
             f"image: {100 * (1 - float(varied.float().mean())):.0f} % of it is exactly constant, so it carries no noise that is"
-            " the same everywhere (drawing, strong compression, or sigma = 0)"
+            " the same everywhere (drawing, strong compression, or none). Give sigma by hand (0 for a clean picture)"
         )
     clipped = float((image.abs() == 1).double().mean()) > 1e-3
     usable = varied & ~((blocks.abs() >= CLIPPED) & (blocks.abs() <= 1)).any(2).any(1) if clipped else varied

@@ -148,6 +148,19 @@ def test_auto_takes_the_quickest_mode_that_fits(hosts: Callable[..., Host], monk
     assert estimate.best(1000) == "lowest"
 
 
+def test_latents_of_another_model_are_named(hosts: Callable[..., Host], pack: ModuleType) -> None:
+    sd15, sd3 = hosts("sd15"), hosts("sd3")
+    estimate = pack.nodes.memory.MemoryEstimate.execute
+    with pytest.raises(
+        ValueError, match=r"^latent: is of 16 channels, the model's latents have 4; connect a latent of this model"
+    ):
+        estimate(sd15.model, 0, True, latent={"samples": sd3.latent()})
+    with pytest.raises(ValueError, match=r"^vae: is of 16 channels"):
+        estimate(sd15.model, 0, True, sd3.vae, sd15.measurement())
+    with pytest.raises(ValueError, match=r"^vae: is not connected, and this model does not work on pixels[.] Connect"):
+        estimate(sd15.model, 0, True, None, sd15.measurement())
+
+
 def test_advice_names_a_size_that_fits(host: ModuleType) -> None:
     stage = host.memory.Stage(saved=8 * 2**30, kept=2 * 2**30, block=2 * 2**30, largest=0)
     estimate = host.Estimate(weights=2**30, stages=(stage,))
