@@ -259,7 +259,7 @@ with torch.inference_mode():
     run("PosteriorEstimateStripes", photo=lines)
     run("PosteriorEstimateNoise", photo=edge + 0.03 * torch.randn(edge.shape, generator=torch.Generator().manual_seed(0)))
     run("PosteriorUncertainty", samples=torch.cat([picture, image]))
-    run("PosteriorMemoryEstimate", measurement=ready["MEASUREMENT"])
+    run("PosteriorMemoryEstimate", measurement=ready["MEASUREMENT"], vae=ready["VAE"])
     for name in list(nodes):
         run(name)
 assert image.shape == picture.shape
