@@ -3,6 +3,7 @@
 Arguments go to ComfyUI, for example --cpu.
 """
 
+import errno
 import os
 import socket
 import sys
@@ -39,6 +40,9 @@ def pick_port() -> int:
 def unusable(port: int) -> str | None:
     """Why nothing can listen there."""
     with socket.socket() as s:
+        if s.connect_ex(("127.0.0.1", port)) == 0:
+            return os.strerror(errno.EADDRINUSE)
+    with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as ComfyUI does: one that has just ended is no hindrance
         try:
             s.bind(("127.0.0.1", port))
@@ -65,8 +69,10 @@ def main() -> int:
         return 1
     base = paths["base"]
     extra = sys.argv[1:] or ([] if has_gpu() else ["--cpu"])
-    # Of its own for each port: ComfyUI locks it, and two servers may run at once.
-    extra += ["--database-url", f"sqlite:///{base / 'user' / f'comfyui-{port}.db'}"]
+    # Of its own for each port: ComfyUI locks it, and two servers may run at once. None is kept for a port that comes by chance.
+    name = "comfyui.db" if port == USUAL_PORT else f"comfyui-{port}.db"
+    kept = port == USUAL_PORT or os.environ.get("PORT")
+    extra += ["--database-url", f"sqlite:///{base / 'user' / name}" if kept else "sqlite:///:memory:"]
     models = [base / "models"]
     if os.environ.get("COMFYUI_DIR"):
         extra += model_folders(paths["comfyui"], base)

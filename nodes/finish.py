@@ -93,15 +93,15 @@ def finish(x: Tensor, measurement: Measurement, error: float = ERROR, feather: f
             f"measurement: this operator cannot be met exactly ({fault}). Give its Measurement node a sigma above 0; 0.002 stands "
             "for the rounding of an 8-bit photo"
         ) from fault
-    largest = float(agreed.abs().max())
+    if feather > 0 and isinstance(measurement.operator, Mask):
+        agreed = feather_holes(x, agreed, measurement.operator.keep.to(x), feather)
+    finished = to_image(agreed)
+    largest = float(finished.abs().max())
     if largest > BRIGHTEST:
         raise ValueError(
             f"measurement: to agree with this photo as far as its sigma says, {measurement.sigma / 2:.2g}, the picture would need values of up to "
             f"{largest:.2g}. Give its Measurement node a larger sigma: 0.002 stands for the rounding of an 8-bit photo, 0.01 for a JPEG"
         )
-    if feather > 0 and isinstance(measurement.operator, Mask):
-        agreed = feather_holes(x, agreed, measurement.operator.keep.to(x), feather)
-    finished = to_image(agreed)
     lines, worst, photos = [], 0.0, single(measurement)
     found = [[compared(photo.operator.A(v), photo) for v in (x, to_signal("image", finished))] for photo in photos]
     for i in range(len(x)):

@@ -210,10 +210,11 @@ def estimated(photo: Tensor, seen: Tensor) -> tuple[float, str]:
             f"photo: the photos of the batch differ in noise ({float(sigma.min()):.4f} to {float(sigma.max()):.4f}), and a measurement "
             f"has one sigma; make a measurement of each, or {remedy}"
         )
+    if float(sigma.mean()) < NONE:
+        # What is left of a flat part is rounding; a sigma like that would be inverted through a blur as if it were noise.
+        return 0.0, f"noise 0 (below {NONE}), estimated"
     lines = [f"noise {s:.4f} ({a:.4f} to {b:.4f}), estimated" for s, a, b in zip(sigma, low, high, strict=True)]
-    mean = float(sigma.mean())
-    # What is left of a flat part is rounding; a sigma like that would be inverted through a blur as if it were noise.
-    return (mean if mean >= NONE else 0.0), "\n".join(lines)
+    return float(sigma.mean()), "\n".join(lines)
 
 
 class CombineMeasurements(io.ComfyNode):

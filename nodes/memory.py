@@ -69,6 +69,8 @@ class MemoryEstimate(io.ComfyNode):
     ) -> io.NodeOutput:
         shape = cls._latent_shape(vae, measurement, latent)
         channels = model.model.latent_format.latent_channels
+        if measurement is None and not latent["samples"].any():
+            shape = (shape[0], channels, *shape[2:])  # as ComfyUI does with an empty latent
         if shape[1] != channels:
             if measurement is not None and vae is None:
                 raise ValueError("vae: is not connected, and this model does not work on pixels. Connect the model's VAE")

@@ -9,7 +9,7 @@ from .pictures import shown
 from .types import CATEGORY, MeasurementType
 
 SUFFIX = ".safetensors"
-FARTHEST = 100.0  # in [-1, 1] units: far beyond noise
+FARTHEST = 1e6  # more than any matrix of ones sums up of a picture that it has room for
 
 
 class SaveMeasurement(io.ComfyNode):
@@ -85,7 +85,7 @@ class LoadMeasurement(io.ComfyNode):
         largest = float(measurement.y.abs().max())
         if largest > FARTHEST:
             raise ValueError(
-                f"file: {path} holds values of up to {largest:.3g}, but a photo's are within [-1, 1]; save it anew from Measurement from Photo"
+                f"file: {path} holds values of up to {largest:.3g}, which no photo has, within [-1, 1], nor sums of its pixels; save it anew"
             )
         return output(cls, measurement, f"noise {measurement.sigma / 2:.4g}")
 

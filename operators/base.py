@@ -253,7 +253,11 @@ class LinearOperator:
         """
         torch.empty(0).to(*args, **kwargs)  # arguments that `torch.Tensor.to` refuses are refused
         moved = copy.copy(self)
-        moved.__dict__.update({name: _fresh(value) for name, value in self.__dict__.items()})
+        for name, value in self.__dict__.items():
+            if callable(getattr(type(self), name, None)):
+                del moved.__dict__[name]  # a method of this one alone
+            else:
+                moved.__dict__[name] = _fresh(value)
         return moved
 
     def _seen(self, values: Tensor) -> Tensor:

@@ -100,5 +100,5 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is 0: no small number stands for it, which in float32 made infinity of the gradient of a large picture."""
-    return torch.where(b > 0, a / b, 0)
+    """a / b, and 0 where that is beyond all bounds. No small number stands for 0: in float32 it made infinity of large pictures."""
+    return (a / b).nan_to_num(0, 0, 0)

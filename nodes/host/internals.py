@@ -57,11 +57,10 @@ def missing(error: ImportError | AttributeError) -> str | None:
 
 
 def _of_pack(error: Exception) -> bool:
-    """Whether the name was looked up in this pack: what other nodes hang on a model runs in here too."""
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    # The last one that is no way of looking up, as that of PyTorch's modules.
-    names = [frame.f_globals.get("__name__", "") for frame in frames if frame.f_code.co_name != "__getattr__"]
-    return bool(names) and f"{names[-1]}.".startswith(f"{PACK}.")
+    """Whether the name was looked up by this pack, itself or through ComfyUI: what other nodes hang on a model runs in here too."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = [i for i, name in enumerate(names) if f"{name}.".startswith(f"{PACK}.")]
+    return bool(ours) and all(_of_host(name) or name.split(".")[0] == "torch" for name in names[ours[-1] + 1 :])
 
 
 def _of_host(module: str) -> bool:

@@ -101,14 +101,28 @@ def _first_guess(x: Tensor, y: Tensor, picture: Tensor) -> Tensor:
     down, across = torch.gradient(picture)
     tensor = torch.stack((across.flatten(), down.flatten()))
     direction = torch.linalg.eigh(tensor @ tensor.T).eigenvectors[:, -1]
-    strength = (direction @ tensor).square()
-    centre = float((strength * (direction[0] * x + direction[1] * y)).sum() / strength.sum().clamp(min=1e-30))
     values = picture.flatten()
+    centre = _largest_step(direction[0] * x + direction[1] * y, values)
     height = values.max() - values.min()
     sign = torch.sign((values * (direction[0] * x + direction[1] * y - centre)).sum())
     p = torch.tensor([math.atan2(direction[1], direction[0]), centre, 0, 0, 0, 0, 0], dtype=torch.float64)
     p[3], p[4] = values.median() - sign * height / 2, sign * height
     return p
+
+
+def _largest_step(along: Tensor, values: Tensor) -> float:
+    """Where values change most clearly, by their means over lines a pixel apart."""
+    first = along.floor().min()
+    lines = (along - first).long()
+    count = torch.bincount(lines).double().cumsum(0)
+    total = torch.bincount(lines, values).cumsum(0)
+    reach = 4
+    before, middle, after = (slice(i * reach, len(count) - (2 - i) * reach) for i in range(3))
+    left, right = count[middle] - count[before], count[after] - count[middle]
+    change = (total[after] - total[middle]) / right.clamp(min=1) - (total[middle] - total[before]) / left.clamp(min=1)
+    # In units of its noise, which is large in the corners, where lines are short.
+    clear = change.abs() * (left * right / (left + right).clamp(min=1)).sqrt()
+    return float(first) + reach + 1 + int(clear.argmax()) if clear.numel() else 0.0
 
 
 def _fit_edge(x: Tensor, y: Tensor, values: Tensor, p: Tensor, width: float) -> tuple[Tensor, Tensor, Tensor]:

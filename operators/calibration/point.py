@@ -9,7 +9,9 @@ from torch.nn.functional import avg_pool2d, max_pool2d
 
 from .images import CLIPPED, LEVEL, MAD, as_images
 
-LARGEST = 1024  # pixels a side: far above any blur, and a whole photo with a bright sky would be searched for minutes
+LARGEST = (
+    1024  # pixels a side of a square: far above any blur, and a whole photo with a bright sky would be searched for minutes
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,8 @@ def estimate_blur_from_point(crop: Tensor) -> PointEstimate:
     back to 1 % (disks) to 17 % (lines a pixel wide) of their norm.
 
     Args:
-        crop: (1, C, H, W) in [-1, 1] units, 11 x 11 to 1024 x 1024, with even background on all sides of the blurred point.
+        crop: (1, C, H, W) in [-1, 1] units, at least 11 x 11, at most as many pixels as 1024 x 1024, with even background on
+            all sides of the blurred point.
 
     Raises:
         ValueError: nothing or more than one thing stands out, it reaches the border, its brightest part is clipped to white or
@@ -49,9 +52,9 @@ def estimate_blur_from_point(crop: Tensor) -> PointEstimate:
     _, h, w = crop.shape
     if min(h, w) < 11:
         raise ValueError(f"crop: got {h} x {w}, expected at least 11 x 11 pixels around the point")
-    if max(h, w) > LARGEST:
+    if h * w > LARGEST**2:
         raise ValueError(
-            f"crop: got {h} x {w}, expected at most {LARGEST} x {LARGEST} pixels; crop the point and the even area around it"
+            f"crop: got {h} x {w}, expected at most as many pixels as {LARGEST} x {LARGEST}; crop the point and the even area around it"
         )
     frame = torch.ones(h, w, dtype=torch.bool)
     rim = max(2, min(h, w) // 10)

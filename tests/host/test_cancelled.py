@@ -97,6 +97,16 @@ def test_finish_is_cancelled_within_a_solve(h: Host) -> None:
     assert torch.equal(finish(0.9 * image, measurement, 0.05).args[0], expected)
 
 
+def test_a_copy_of_a_runs_operator_is_whole(pack: ModuleType) -> None:
+    ops = pack.operators
+    own = pack.nodes.host.stoppable(ops.Measurement(torch.zeros(1, 3, 2, 2), ops.AreaDownscale((3, 16, 16), 8)))
+    copy = own.to("cpu", torch.float64)
+    again = pack.nodes.host.stoppable(own)
+    del own
+    for operator in (copy.operator, again.operator):
+        assert torch.equal(operator.A(torch.ones(1, 3, 16, 16)), torch.ones(1, 3, 2, 2))
+
+
 @pytest.mark.parametrize("name", ["downscale", "product", "iterations"])
 def test_a_runs_own_operator_is_gone_with_the_last_that_holds_it(name: str, pack: ModuleType) -> None:
     """By counting alone: until a garbage collection its tables would stay on a device."""

@@ -92,7 +92,9 @@ def test_no_noise_is_estimated_as_none(nodes: ModuleType, pack: ModuleType) -> N
     """The flattest parts of a drawn picture have what rounding leaves, 1e-17, which is no sigma to divide by."""
     photo = torch.rand((1, 128, 128, 3), generator=torch.Generator().manual_seed(0))
     photo[:, :, :48] = torch.linspace(0.2, 0.8, 48)[:, None]
-    assert from_photo(nodes, photo, pack.operators.Identity).args[0].sigma == 0
+    out = from_photo(nodes, photo, pack.operators.Identity)
+    assert out.args[0].sigma == 0
+    assert "noise 0 (below" in out.ui["text"][0]
 
 
 def test_a_photo_that_only_a_wild_picture_would_meet_is_refused(nodes: ModuleType, pack: ModuleType) -> None:
@@ -101,6 +103,15 @@ def test_a_photo_that_only_a_wild_picture_would_meet_is_refused(nodes: ModuleTyp
     measurement = from_photo(nodes, photo, bind, noise="entered", sigma=1e-5).args[0]
     with pytest.raises(ValueError, match=r"^measurement: .*values of up to .*larger sigma"):
         nodes.finish.finish(nodes.types.to_signal("photo", photo), measurement)
+
+
+def test_a_photo_brighter_than_white_is_finished(nodes: ModuleType, pack: ModuleType) -> None:
+    photo = torch.rand((1, 16, 16, 3), generator=torch.Generator().manual_seed(0))
+    photo[0, 3, 4] = 39.0
+    for sigma in (0.0, 0.01):
+        measurement = from_photo(nodes, photo, pack.operators.Identity, noise="entered", sigma=sigma).args[0]
+        finished, _, _ = nodes.finish.finish(nodes.types.to_signal("photo", photo), measurement)
+        assert torch.allclose(finished, photo, atol=1e-5)
 
 
 def test_an_estimate_that_cannot_be_had_is_refused(nodes: ModuleType, pack: ModuleType) -> None:

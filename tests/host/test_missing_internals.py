@@ -259,6 +259,10 @@ def test_a_part_of_a_network_and_a_module_that_are_not_there(
     monkeypatch.delattr(find("comfy.model_base.BaseModel"), "get_dtype_inference")
     with pytest.raises(ValueError, match=r"no comfy\.model_base\.\w+\.get_dtype_inference"), host.naming_what_is_missing():
         host.plugin.lowest_precision(h.model.model, None)
+    with monkeypatch.context() as patch:  # looked up by ComfyUI, for us
+        patch.delattr(h.model.model, "model_sampling")
+        with pytest.raises(ValueError, match=r"no comfy\.model_base\.\w+\.model_sampling"), host.naming_what_is_missing():
+            host.sigmas_of(h.model, 1, "normal")
     monkeypatch.setitem(sys.modules, "comfy.samplers", None)
     with pytest.raises(ValueError, match=r"this ComfyUI has no comfy\.samplers, which"), host.naming_what_is_missing():
         host.sigmas_of(h.model, 1, "normal")

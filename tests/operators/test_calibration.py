@@ -277,6 +277,17 @@ def test_blur_of_a_clean_edge(sigma: float, angle: float) -> None:
     assert e.contrast == pytest.approx(1, rel=0.02)
 
 
+def test_a_faint_narrow_edge_in_a_large_crop() -> None:
+    """Of its hundreds of thousands of pixels few show the edge."""
+    rows, columns = torch.meshgrid(torch.arange(600.0).double() - 299.5, torch.arange(600.0).double() - 299.5, indexing="ij")
+    along = columns * math.cos(0.1) + rows * math.sin(0.1) - 150
+    edge = 0.3 * (torch.special.ndtr(along / math.sqrt(0.8**2 + 1 / 12)) - 0.5)
+    noise = 0.02 * torch.randn(600, 600, generator=torch.Generator().manual_seed(1))
+    found = estimate_blur_from_edge((edge + noise)[None, None].expand(1, 3, -1, -1))
+    assert found.low <= 0.8 <= found.high
+    assert found.sigma == pytest.approx(0.8, abs=0.02)
+
+
 def test_blur_of_a_noisy_edge_is_covered() -> None:
     covered = []
     for noise in (0.02, 0.1):

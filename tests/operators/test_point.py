@@ -132,7 +132,7 @@ def two_points() -> Tensor:
         (two_points, "more than one thing"),
         (lambda: torch.linspace(-0.5, 0.5, 40).sign().mul(0.5).expand(1, 1, 40, 40), "border|nothing"),
         (lambda: torch.zeros(1, 3, 10, 40), "at least 11 x 11"),
-        (lambda: torch.zeros(1, 3, 40, 1025), "at most 1024 x 1024"),
+        (lambda: torch.zeros(1, 3, 1024, 1025), "at most as many pixels as 1024 x 1024"),
         (lambda: torch.zeros(2, 1, 40, 40), "shape"),
         (lambda: torch.full((1, 1, 40, 40), math.nan), "NaN"),
     ],

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from operators import AreaDownscale, Identity, Measurement
 from operators.base import LinearOperator
-from samplers.latent_consistency import match_by_decoder, measured_entries
+from samplers.latent_consistency import _ratio, match_by_decoder, measured_entries
 
 
 class Nearest:
@@ -42,6 +42,12 @@ def test_a_photo_of_large_values() -> None:
     y = 1e5 * torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     before, after = moved(operator, y, torch.zeros(1, 3, 64, 64), None, 3)
     assert after < before
+
+
+def test_directions_begin_anew_where_the_quotient_is_beyond_float32() -> None:
+    """The next numbers above 0 are no denominators."""
+    a, b = torch.tensor([1.0, 1e-3, 3.0, 0.0]), torch.tensor([0.0, 1e-42, 2.0, 0.0])
+    assert _ratio(a, b).tolist() == [0.0, 0.0, 1.5, 0.0]
 
 
 def test_nothing_to_do() -> None:

@@ -1,19 +1,56 @@
-"""The README's script, as it stands there."""
+"""The README's scripts, as they stand there."""
 
+import io
+import json
 import re
 import runpy
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.server_prompts import ROOT
 
 from dev.server import Server
+from prior.draw import draw
 
 
-def test_script_of_the_readme_runs(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    (tmp_path / "workflows").symlink_to(ROOT / "workflows", target_is_directory=True)
-    (tmp_path / "script.py").write_text(script.replace("127.0.0.1:8188", server.address))
+@pytest.fixture
+def scripts(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Those of the README, for this server, in a folder as a checkout is."""
+    (tmp_path / "workflows" / "api").mkdir(parents=True)
+    for path in (ROOT / "workflows" / "api").glob("*.json"):
+        graph = json.loads(path.read_text())
+        for node in graph.values():  # the checkpoints that it names are not here
+            if node["class_type"] == "CheckpointLoaderSimple":
+                node.update(class_type="PosteriorLoadDemoPrior", inputs={})
+        (tmp_path / "workflows" / "api" / path.name).write_text(json.dumps(graph))
     monkeypatch.chdir(tmp_path)
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    return [script.replace("127.0.0.1:8188", server.address) for script in found]
+
+
+def last_prompt(server: Server) -> dict[str, dict]:
+    """The inputs of each node of the prompt that ran last, by title."""
+    *_, last = server.get_json("/history").values()
+    return {node["_meta"]["title"]: node["inputs"] for node in last["prompt"][2].values()}
+
+
+def run(script: str) -> Image.Image:
+    Path("script.py").write_text(script)
     runpy.run_path("script.py")
-    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    return Image.open(io.BytesIO(Path("result.png").read_bytes()))
+
+
+def test_first_script(server: Server, scripts: list[str]) -> None:
+    assert run(scripts[0]).size == (128, 128)
+    assert last_prompt(server)["Operator"]["kernel.sigma"] == 2.0
+
+
+def test_second_script_is_for_a_photo(server: Server, scripts: list[str]) -> None:
+    Image.fromarray(draw(1_000_000)).crop((0, 0, 104, 80)).save("photo.png")
+    begin, post = scripts[0].split("answer = ")
+    result = run(begin.replace("deblur_gaussian.json", "sd3_deblur.json") + scripts[1] + "answer = " + post)
+    assert result.size == (104, 80)
+    inputs = last_prompt(server)
+    assert inputs["Load Image"]["image"].startswith("photo")
+    assert inputs["Positive Prompt"]["text"] == "photo of a harbour"
