@@ -15,7 +15,7 @@ OUTPUTS = [
     io.Mask.Output("lost", tooltip="1 on the pixels of the full picture that the photo says nothing about."),
 ]
 BLOCK = 8  # pixels; the estimator of noise looks at blocks of this size
-NONE = 1e-4  # on the 0 to 1 scale; a tenth of what 8 bits round away
+NOISELESS = 1e-4  # on the 0 to 1 scale; a tenth of what 8 bits round away
 VAGUE = 0.005  # an interval that begins below half its end says nothing, unless it ends below this: a clean photo
 
 
@@ -210,9 +210,9 @@ def estimated(photo: Tensor, seen: Tensor) -> tuple[float, str]:
             f"photo: the photos of the batch differ in noise ({float(sigma.min()):.4f} to {float(sigma.max()):.4f}), and a measurement "
             f"has one sigma; make a measurement of each, or {remedy}"
         )
-    if float(sigma.mean()) < NONE:
+    if float(sigma.mean()) < NOISELESS:
         # What is left of a flat part is rounding; a sigma like that would be inverted through a blur as if it were noise.
-        return 0.0, f"noise 0 (below {NONE}), estimated"
+        return 0.0, f"noise 0 (below {NOISELESS}), estimated"
     lines = [f"noise {s:.4f} ({a:.4f} to {b:.4f}), estimated" for s, a, b in zip(sigma, low, high, strict=True)]
     return float(sigma.mean()), "\n".join(lines)
 

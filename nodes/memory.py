@@ -67,17 +67,7 @@ class MemoryEstimate(io.ComfyNode):
         latent: dict[str, torch.Tensor] | None = None,
         method: str = "PSLD",
     ) -> io.NodeOutput:
-        shape = cls._latent_shape(vae, measurement, latent)
-        channels = model.model.latent_format.latent_channels
-        if measurement is None and not latent["samples"].any():
-            shape = (shape[0], channels, *shape[2:])  # as ComfyUI does with an empty latent
-        if shape[1] != channels:
-            if measurement is not None and vae is None:
-                raise ValueError("vae: is not connected, and this model does not work on pixels. Connect the model's VAE")
-            name, thing = ("latent", "a latent") if measurement is None else ("vae", "the VAE")
-            raise ValueError(
-                f"{name}: is of {shape[1]} channels, the model's latents have {channels}; connect {thing} of this model"
-            )
+        shape = cls._latent_shape(model.model.latent_format, vae, measurement, latent)
         shape = (batch or shape[0], *shape[1:])
         try:
             estimate = host.estimate(model.model, vae, shape, passes=2 if guidance else 1, network_gradient=method == "PSLD")
@@ -100,11 +90,16 @@ class MemoryEstimate(io.ComfyNode):
 
     @staticmethod
     def _latent_shape(
-        vae: object, measurement: Measurement | None, latent: dict[str, torch.Tensor] | None
+        latent_format: object, vae: object, measurement: Measurement | None, latent: dict[str, torch.Tensor] | None
     ) -> tuple[int, int, int, int]:
+        channels = latent_format.latent_channels
+        if vae is not None:
+            host.check_vae(vae, latent_format)
         if measurement is not None:
             in_shape = measurement.operator.in_shape
             if vae is None:
+                if in_shape[0] != channels:
+                    raise ValueError("vae: is not connected, and this model does not work on pixels. Connect the model's VAE")
                 return (len(measurement.y), *in_shape)
             ratio = host.latent_ratio(vae)  # sides that are no multiples of it are widened by Restore
             return (
@@ -115,9 +110,12 @@ class MemoryEstimate(io.ComfyNode):
             raise ValueError("measurement: is not connected, and neither is latent; one of them must give the size")
         if latent["samples"].ndim != 4:
             raise ValueError(f"latent: has {latent['samples'].ndim} dimensions; only latents of pictures work")
-        if vae is not None:
-            host.check_vae(vae)
-        return tuple(latent["samples"].shape)
+        count, got, height, width = latent["samples"].shape
+        if got != channels and latent["samples"].any():  # ComfyUI gives an empty latent the model's channels
+            raise ValueError(
+                f"latent: is of {got} channels, the model's latents have {channels}; connect a latent of this model"
+            )
+        return count, channels, height, width
 
 
 NODES = [MemoryEstimate]

@@ -9,7 +9,7 @@ from .pictures import shown
 from .types import CATEGORY, MeasurementType
 
 SUFFIX = ".safetensors"
-FARTHEST = 1e6  # more than any matrix of ones sums up of a picture that it has room for
+FARTHEST = 2.0**28  # the sum of all values of the largest picture that a file may ask for
 
 
 class SaveMeasurement(io.ComfyNode):

@@ -92,6 +92,17 @@ def test_two_servers_of_a_checkout_have_a_database_each(serve: ModuleType, monke
     assert databases[0] != databases[1]
 
 
+def test_a_port_that_comes_by_chance_leaves_no_database(serve: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PORT", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setattr(serve, "USUAL_PORT", other.getsockname()[1])  # somebody has it
+        serve.main()
+    serve.main()
+    databases = [arguments[arguments.index("--database-url") + 1] for arguments in serve.started]
+    assert databases[0] == "sqlite:///:memory:"
+    assert databases[1].endswith("user/comfyui.db")
+
+
 def test_serve_says_that_models_go_into_the_comfyui_that_was_named(
     serve: ModuleType, setup: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -9,9 +9,8 @@ from torch.nn.functional import avg_pool2d, max_pool2d
 
 from .images import CLIPPED, LEVEL, MAD, as_images
 
-LARGEST = (
-    1024  # pixels a side of a square: far above any blur, and a whole photo with a bright sky would be searched for minutes
-)
+# Pixels a side of a square: far above any blur, and a whole photo with a bright sky would be searched for minutes.
+LARGEST = 1024
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,9 @@ def test_saved_measurement_comes_back_bit_identical(nodes: ModuleType, pack: Mod
     """One photo, and three in one measurement with more values than a picture may have rows."""
     image = torch.cat([textured(128, seed) for seed in range(2)])
     measurement = combine(nodes, *three(nodes, pack, image)[:count])
-    file = saved_as(nodes.storage.SaveMeasurement.execute(measurement, "measurements/test"))
+    out = nodes.storage.SaveMeasurement.execute(measurement, "measurements/test")
+    file = saved_as(out)
+    assert f"saved as {file}\n" in out.ui["text"][0]  # to be copied from there
     assert file in nodes.storage.LoadMeasurement.define_schema().inputs[0].options
     with torch.inference_mode():
         loaded, degraded, lost = nodes.storage.LoadMeasurement.execute(file).args

@@ -158,7 +158,9 @@ def test_latents_of_another_model_are_named(hosts: Callable[..., Host], pack: Mo
     # ComfyUI gives an empty latent the channels of the model.
     empty, own = (estimate(sd3.model, 0, True, latent={"samples": h.latent()}).args[0] for h in (sd15, sd3))
     assert empty == own
-    with pytest.raises(ValueError, match=r"^vae: is of 16 channels"):
+    with pytest.raises(
+        ValueError, match=r"^vae: its latents have 16 channels, the model's have 4; connect the VAE that belongs to this model"
+    ):
         estimate(sd15.model, 0, True, sd3.vae, sd15.measurement())
     with pytest.raises(ValueError, match=r"^vae: is not connected, and this model does not work on pixels[.] Connect"):
         estimate(sd15.model, 0, True, None, sd15.measurement())
