@@ -216,7 +216,7 @@ def background(rng: Random, p: Person, size: int) -> Image.Image:
     t = 0.5 - ((x - 0.5) * p.light[0] + (y - 0.5) * p.light[1]) / 1.3
     kind = rng.integers(7)
     if kind == 5:
-        t += 0.1 * np.tanh(3 * np.sin(2 * math.pi * (x * rng.integers(5, 9) + rng.random())))
+        t += 0.08 * np.tanh(2 * np.sin(2 * math.pi * (x * rng.integers(5, 9) + rng.random())))
     if kind == 6:
         for _ in range(5):
             cx, cy, r = rng.uniform(0, 1), rng.uniform(0, 0.8), rng.uniform(0.06, 0.13)
@@ -244,7 +244,7 @@ def curls(figure: Canvas, rng: Random, outline: Points, hole: Points | None, col
     """Curly hair: a scalloped outline, filled with small rings."""
     mask = figure.mask()
     mask.polygon(outline, 255)
-    for x, y in outline[::3]:
+    for x, y in outline[::2]:
         mask.ellipse(x, y, 4, 4, 255)
     if hole is not None:
         mask.polygon(hole, 0)
@@ -314,7 +314,7 @@ def clothes(figure: Canvas, rng: Random, p: Person) -> None:
 def weave(cloth: Canvas, rng: Random, colour: Colour, half: float, top: float, bottom: float) -> None:
     """Plain, stripes, checks, dots or a knit."""
     kind = rng.integers(6)
-    other = mix(colour, WHITE, rng.uniform(0.12, 0.26)) if rng.random() < 0.6 else mix(colour, BLACK, rng.uniform(0.12, 0.22))
+    other = mix(colour, WHITE, rng.uniform(0.08, 0.18)) if rng.random() < 0.6 else mix(colour, BLACK, rng.uniform(0.08, 0.16))
     step, start = rng.uniform(5.5, 8.5), rng.random()
     across = np.arange(-10, 10) + start
     if kind in (1, 2):

@@ -10,7 +10,7 @@ from ..networks import Autoencoder, Block
 from .loop import Task, save_sheet, save_weights
 
 CROP = 64
-NOISE = 0.15  # the largest standard deviation of noise on the latents: the decoder must bear what the UNet gets wrong
+NOISE = 0.1  # the largest standard deviation of noise on the latents: the decoder must bear what the UNet gets wrong
 FREEZE = 0.6  # of the steps: until then each batch is normalised by itself, then by the running statistics
 WHOLE = 0.88  # of the steps: until then crops, then whole pictures
 
@@ -72,10 +72,8 @@ class TrainAutoencoder(Task):
         noise = NOISE * torch.rand(batch, 1, 1, 1, generator=rng) * torch.randn(z.shape, generator=rng)
         error = self.network.decoder(z + noise) - x
         edges = error.diff(dim=3).abs().mean() + error.diff(dim=2).abs().mean()
-        # First the colours, then the edges; far latents cost a little, for the decoder clamps them.
-        late = min(1.0, max(0.0, (progress - 0.3) / 0.5))
-        terms = (0.3 + 0.4 * late) * error.abs().mean() + 4 * error.square().mean() + (0.1 + 0.1 * late) * edges
-        return terms + 1e-4 * z.pow(4).mean(), batch
+        # Far latents cost a little, for the decoder clamps them.
+        return 12 * error.square().mean() + 0.1 * error.abs().mean() + 0.05 * edges + 1e-4 * z.pow(4).mean(), batch
 
     def share(self, statistics: Tensor) -> None:
         batches = self.running["batches"]
@@ -85,14 +83,13 @@ class TrainAutoencoder(Task):
         batches += 1
 
     def folded(self) -> Autoencoder:
-        """A copy whose encoder gives latents of mean 0 and variance 1 by itself; in float16, as it is shipped."""
+        """A copy whose encoder gives latents of about mean 0 and variance 1 by itself; in float16, as it is shipped."""
         copy = Autoencoder()
         copy.load_state_dict(self.network.state_dict())
         with torch.no_grad():
-            z = encode(self.network.encoder, self.pictures[:128])
-            std = z.std((0, 2, 3))
-            copy.encoder[-1].weight /= std[:, None, None, None]
-            copy.encoder[-1].bias.sub_(z.mean((0, 2, 3))).div_(std)
+            # The statistics that the decoder has learnt with: others, of whole pictures say, would tint what it gives.
+            copy.encoder[-1].weight /= self.running["std"][:, None, None, None]
+            copy.encoder[-1].bias.sub_(self.running["mean"]).div_(self.running["std"])
         return copy.half().float().to(memory_format=torch.channels_last)
 
     def report(self, final: bool) -> Mapping[str, float]:

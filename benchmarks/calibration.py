@@ -1,0 +1,97 @@
+"""Whether the spread of the samples is right: does the truth lie where they say it does?
+
+    python benchmarks/calibration.py [--pictures 16] [--samples 20] [--tasks box,downscale_8] [--methods cpigdm_10,cpigdm:eta=1.0_10]
+
+For each held-out portrait, samples from different seeds, finished as in a graph. Of every pixel that the photo does not fix (a hole's; all
+of them for other tasks) and each colour: whether the truth lies between the 10th and the 90th percentile of its samples ("inside": 80 % is
+right, fewer is too sure), and over the picture the correlation r of the standard deviation over the samples with |mean - truth|, both as
+the Uncertainty node has them, one number for each pixel. Writes results/calibration.md; noise .02. A picture takes a minute or two.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch import Tensor
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder, whose operators.py would shadow the package
+
+from benchmarks.quality import observe, parts, truths, weights_id  # noqa: E402
+from benchmarks.quality_methods import METHODS, TASKS, Prior  # noqa: E402
+from benchmarks.quality_report import mean_and_error  # noqa: E402
+from operators import Mask, Measurement  # noqa: E402
+from samplers import enforce_consistency  # noqa: E402
+
+SIGMA = 0.02
+APART = 1_000_003  # between the seeds of a picture's samples
+RESULT = ROOT / "benchmarks" / "results" / "calibration.md"
+
+
+def finished(prior: Prior, measurement: Measurement, name: str, seed: int) -> Tensor:
+    method, others, calls = parts(name)
+    x = METHODS[method](prior, measurement, calls, seed=seed, **others)
+    return enforce_consistency(x.double(), measurement.to("cpu", torch.float64), 0.1).float().clamp(-1, 1)
+
+
+def measure(samples: Tensor, truth: Tensor, free: Tensor) -> dict[str, float]:
+    """samples: (K, 3, H, W), truth: (3, H, W), free: (H, W), True where the photo fixes nothing."""
+    low, high = samples.quantile(0.1, 0), samples.quantile(0.9, 0)
+    inside = ((truth >= low) & (truth <= high))[:, free]
+    deviation = samples.var(0).mean(0).sqrt()[free]
+    error = (samples.mean(0) - truth).square().mean(0).sqrt()[free]
+    r = torch.corrcoef(torch.stack([deviation, error]))[0, 1]
+    return {
+        "inside": 100 * float(inside.float().mean()),
+        "r": float(r),
+        "deviation": float(deviation.square().mean().sqrt()) / 2,
+        "error": float(error.square().mean().sqrt()) / 2,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--tasks", default="box,free_form,stripes,downscale_8,grayscale")
+    parser.add_argument("--methods", default="cpigdm_10,cpigdm:eta=1.0_10")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    prior = Prior(pixels=False)
+    lines = [
+        "# Calibration of the samples",
+        "",
+        f"{given.pictures} held-out portraits, {given.samples} samples each, noise {SIGMA:g}, weights {weights_id(False)}. Made by "
+        "`benchmarks/calibration.py`, whose text says what the columns are. Deviation and error: root mean squares over the free pixels, "
+        "on the 0 to 1 scale; equal if the samples are as far apart as they are wrong.",
+        "",
+        "| task | method | inside 10-90, % | r | deviation | error of the mean |",
+        "|---|---|---|---|---|---|",
+    ]
+    for task in given.tasks.split(","):
+        for name in given.methods.split(","):
+            found: list[dict[str, float]] = []
+            for i in range(given.pictures):
+                truth = truths("validate", i, 1, 128)
+                one = observe(TASKS, task, truth, SIGMA, i)
+                many = Measurement(one.y.expand(given.samples, -1, -1, -1), one.operator, one.sigma)
+                # Sample k of the batch is that of a run of its own with seed + k.
+                samples = finished(prior, many, name, APART * (i + 1))
+                operator = one.operator
+                free = torch.ones(128, 128, dtype=torch.bool)
+                if isinstance(operator, Mask):
+                    free = operator.A(torch.ones(1, 3, 128, 128))[0, 0] == 0
+                found.append(measure(samples, truth[0], free))
+                print(task, name, i, {key: round(value, 3) for key, value in found[-1].items()}, flush=True)
+            cells = [mean_and_error([f[key] for f in found]) for key in found[0]]
+            text = [f"{cells[0][0]:.0f} +- {cells[0][1]:.0f}", f"{cells[1][0]:.2f} +- {cells[1][1]:.2f}"]
+            lines.append(f"| {task} | {name} | " + " | ".join([*text, *(f"{c[0]:.3f}" for c in cells[2:])]) + " |")
+            RESULT.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What quality.py measured, as a table and as plots."""
+
+import math
+import pathlib
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+Rows = list[dict[str, str]]
+Parts = Callable[[str], tuple[str, dict[str, Any], int]]  # a method's name in the rows -> its name, options, network calls
+COLUMNS = ("psnr", "ssim", "features", "hole_psnr", "residual", "calls", "seconds")
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    array = np.array(values)
+    return float(array.mean()), float(array.std(ddof=1) / len(array) ** 0.5) if len(array) > 1 else float("nan")
+
+
+def in_order(rows: Rows, methods: list[str], parts: Parts) -> list[str]:
+    """The names in the rows: as the methods are, then by calls."""
+    return sorted({r["method"] for r in rows}, key=lambda name: (methods.index(parts(name)[0]), parts(name)[2], name))
+
+
+def glance(rows: Rows, tasks: list[str], names: list[str]) -> list[str]:
+    """PSNR in dB of every method on every task, over the pictures that all of a task's methods have."""
+    lines = ["| task | sigma | n | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    for task in tasks:
+        for sigma in sorted({float(r["sigma"]) for r in rows if r["task"] == task}):
+            here = [r for r in rows if r["task"] == task and float(r["sigma"]) == sigma]
+            values = {name: {r["picture"]: float(r["psnr"]) for r in here if r["method"] == name} for name in names}
+            common = set.intersection(*(set(of) for of in values.values() if of))
+            cells = [f"{mean_and_error([of[i] for i in common])[0]:.2f}" if of else "-" for of in values.values()]
+            lines.append(f"| {task} | {sigma:g} | {len(common)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def table(rows: Rows, tasks: list[str], methods: list[str], parts: Parts) -> str:
+    """The rows of one split and one version of the weights, as Markdown."""
+    lines = [
+        "# Quality on the demo prior",
+        "",
+        f"Held-out portraits, split `{rows[0]['split']}`, weights {rows[0]['weights']}; {platform.machine()}, 1 thread, torch "
+        f"{torch.__version__}. Made by `benchmarks/quality.py`, whose text says what each column is; mean and standard error over n pictures.",
+        "",
+        "A row with fewer pictures compares with the others through the same first pictures only.",
+        "",
+        "## At a glance",
+        "",
+        *glance(rows, tasks, in_order(rows, methods, parts)),
+    ]
+    for task in tasks:
+        for sigma in sorted({float(r["sigma"]) for r in rows if r["task"] == task}):
+            here = [r for r in rows if r["task"] == task and float(r["sigma"]) == sigma]
+            lines += ["", f"## {task}, sigma {sigma:g}", ""]
+            lines += [
+                "| method | calls | n | PSNR dB | SSIM | features | hole PSNR dB | residual | s / picture |",
+                "|---" * 9 + "|",
+            ]
+            for name in in_order(here, methods, parts):
+                mine = [r for r in here if r["method"] == name]
+                column = {key: mean_and_error([float(r[key]) for r in mine]) for key in COLUMNS}
+                cells = [name.rpartition("_")[0], f"{column['calls'][0]:.0f}", str(len(mine))]
+                cells += [f"{column['psnr'][0]:.2f} +- {column['psnr'][1]:.2f}", f"{column['ssim'][0]:.3f}"]
+                cells += [f"{column['features'][0]:.3f} +- {column['features'][1]:.3f}"]
+                cells += ["-" if math.isnan(column["hole_psnr"][0]) else f"{column['hole_psnr'][0]:.2f}"]
+                cells += [f"{column['residual'][0]:.3g}", f"{column['seconds'][0]:.2f}"]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plots(rows: Rows, tasks: list[str], methods: list[str], parts: Parts, stem: pathlib.Path) -> None:
+    """STEM-calls.png and STEM-seconds.png: PSNR and feature distance of every task at its smallest noise above 0.
+
+    A curve for each method; a level line for the baseline, and by calls for everything that makes none.
+    """
+    try:
+        from matplotlib import pyplot, ticker
+    except ImportError:
+        print("no Matplotlib: the table is written, the plots are not")
+        return
+    shown = [task for task in tasks if any(r["task"] == task for r in rows)]
+    curves = [m for m in methods if any(parts(r["method"])[0] == m for r in rows)]
+    for axis, label in (("calls", "network calls"), ("seconds", "CPU seconds per picture")):
+        width = min(5, len(shown))
+        height = 2 * math.ceil(len(shown) / width)  # a row of PSNR, one of distances, and so on
+        figure, grid = pyplot.subplots(height, width, figsize=(2.9 * width, 2.5 * height), squeeze=False)
+        for ax in grid.flat:
+            ax.set_visible(False)
+        for place, task in enumerate(shown):
+            below, column = divmod(place, width)
+            levels = sorted({float(r["sigma"]) for r in rows if r["task"] == task})
+            sigma = next((s for s in levels if s > 0), 0.0)
+            for row, value in enumerate(("psnr", "features")):
+                ax = grid[2 * below + row, column]
+                ax.set_visible(True)
+                for i, method in enumerate(curves):
+                    here = [r for r in rows if r["task"] == task and float(r["sigma"]) == sigma]
+                    mine = [r for r in here if parts(r["method"])[:2] == (method, {})]
+                    if not mine:
+                        continue
+                    x, y, error = [], [], []
+                    for name in in_order(mine, methods, parts):
+                        of = [r for r in mine if r["method"] == name]
+                        x.append(mean_and_error([float(r[axis]) for r in of])[0])
+                        mean, spread = mean_and_error([float(r[value]) for r in of])
+                        y.append(mean)
+                        error.append(spread)
+                    style = {"color": f"C{i}", "label": method.replace("_", " ")}
+                    if method == "baseline" or x[0] == 0:
+                        ax.axhline(y[0], linestyle=":", **style)
+                    else:
+                        ax.errorbar(x, y, error, marker="o", markersize=3, linewidth=1.2, **style)
+                ax.set_xscale("log")
+                ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+                ax.grid(alpha=0.3)
+                if row == 0:
+                    ax.set_title(f"{task.replace('_', ' ')}, noise {sigma:g}", fontsize=9)
+                else:
+                    ax.set_xlabel(label, fontsize=8)
+                if column == 0:
+                    ax.set_ylabel("PSNR, dB" if value == "psnr" else "feature distance", fontsize=8)
+                ax.tick_params(labelsize=7)
+        handles = {
+            text: handle
+            for ax in grid.flat
+            if ax.get_visible()
+            for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles, loc="lower center", ncols=len(handles), fontsize=8, frameon=False)
+        figure.tight_layout(rect=(0, 0.03, 1, 1))
+        figure.savefig(f"{stem}-{axis}.png", dpi=110)
+        pyplot.close(figure)
