@@ -2,10 +2,11 @@
 
     python benchmarks/calibration.py [--pictures 16] [--samples 20] [--tasks box,downscale_8] [--methods cpigdm_10,cpigdm:eta=1.0_10]
 
-For each held-out portrait, samples from different seeds, finished as in a graph. Of every pixel that the photo does not fix (a hole's; all
-of them for other tasks) and each colour: whether the truth lies between the 10th and the 90th percentile of its samples ("inside": 80 % is
-right, fewer is too sure), and over the picture the correlation r of the standard deviation over the samples with |mean - truth|, both as
-the Uncertainty node has them, one number for each pixel. Writes results/calibration.md; noise .02. A picture takes a minute or two.
+For each held-out portrait, samples from different seeds, made to agree with the photo (without Finish's soft edge in holes). Of every pixel
+that the photo does not fix (a hole's; all of them for other tasks) and each colour: whether the truth lies in the band of its samples that
+one more sample would lie in with 80 % ("inside": 80 is right, less is too sure), and over the picture the correlation r of the standard
+deviation over the samples with the error of their mean, both as the Uncertainty node has them, one number for each pixel. Writes
+results/calibration.md; noise .02. A picture takes a minute or two.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from operators import Mask, Measurement  # noqa: E402
 from samplers import enforce_consistency  # noqa: E402
 
 SIGMA = 0.02
-APART = 1_000_003  # between the seeds of a picture's samples
+APART = 1_000_003  # between the seeds of two pictures, whose samples count up from there
 RESULT = ROOT / "benchmarks" / "results" / "calibration.md"
 
 
@@ -40,7 +41,10 @@ def finished(prior: Prior, measurement: Measurement, name: str, seed: int) -> Te
 
 def measure(samples: Tensor, truth: Tensor, free: Tensor) -> dict[str, float]:
     """samples: (K, 3, H, W), truth: (3, H, W), free: (H, W), True where the photo fixes nothing."""
-    low, high = samples.quantile(0.1, 0), samples.quantile(0.9, 0)
+    # Of K + 1 exchangeable values the last is below the k-th smallest of the others with probability k / (K + 1).
+    count = len(samples)
+    q = (0.1 * (count + 1) - 1) / (count - 1)
+    low, high = samples.quantile(q, 0), samples.quantile(1 - q, 0)
     inside = ((truth >= low) & (truth <= high))[:, free]
     deviation = samples.var(0).mean(0).sqrt()[free]
     error = (samples.mean(0) - truth).square().mean(0).sqrt()[free]
@@ -49,7 +53,7 @@ def measure(samples: Tensor, truth: Tensor, free: Tensor) -> dict[str, float]:
         "inside": 100 * float(inside.float().mean()),
         "r": float(r),
         "deviation": float(deviation.square().mean().sqrt()) / 2,
-        "error": float(error.square().mean().sqrt()) / 2,
+        "error": float(error.square().mean().sqrt()) / 2 / (1 + 1 / count) ** 0.5,  # the mean of K samples errs too
     }
 
 
@@ -67,7 +71,7 @@ def main() -> None:
         "",
         f"{given.pictures} held-out portraits, {given.samples} samples each, noise {SIGMA:g}, weights {weights_id(False)}. Made by "
         "`benchmarks/calibration.py`, whose text says what the columns are. Deviation and error: root mean squares over the free pixels, "
-        "on the 0 to 1 scale; equal if the samples are as far apart as they are wrong.",
+        "on the 0 to 1 scale, the error of the mean of endlessly many; equal if the samples are as far apart as they are wrong.",
         "",
         "| task | method | inside 10-90, % | r | deviation | error of the mean |",
         "|---|---|---|---|---|---|",

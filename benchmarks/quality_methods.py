@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,10 +88,11 @@ class Prior:
         """Noise at the highest level."""
         return self.noise(count, seed) * (1 + float(networks.noise_levels()[-1]) ** 2) ** 0.5
 
-    def sigmas(self, calls: int) -> Tensor:
-        """Timesteps evenly spaced from the noisiest to the cleanest, as the papers have them."""
-        steps = torch.linspace(999, 0, calls).round().long()
-        return torch.cat([networks.noise_levels().float()[steps], torch.zeros(1)])
+    def sigmas(self, calls: int, highest: float = math.inf) -> Tensor:
+        """Timesteps evenly spaced from the noisiest (or that of the highest sigma) to the cleanest, as the papers have them."""
+        levels = networks.noise_levels().float()
+        steps = torch.linspace(max(int((levels <= highest).sum()) - 1, 0), 0, calls).round().long()
+        return torch.cat([levels[steps], torch.zeros(1)])
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
@@ -141,10 +143,15 @@ def decoder_only(prior: Prior, measurement: Measurement, calls: int, seed: int) 
 
 
 def latent_method(solve: Method, **options: Any) -> Method:
-    def run(prior: Prior, measurement: Measurement, calls: int, seed: int, **others: Any) -> Tensor:
-        x = prior.start(len(measurement.y), seed)
+    def run(prior: Prior, measurement: Measurement, calls: int, seed: int, highest: float = math.inf, **others: Any) -> Tensor:
+        """highest: the first sigma, from which on the filled photo is what the noise is added to."""
+        x, sigmas = prior.start(len(measurement.y), seed), prior.sigmas(calls, highest)
+        if highest < math.inf:
+            with torch.no_grad():
+                filled = prior.autoencoder.encode(fill_unseen(measurement).clamp(-1, 1))
+            x = filled + sigmas[0] * prior.noise(len(filled), seed)
         arguments = {"measurement": measurement, "autoencoder": prior.autoencoder, **options, **others}
-        z = solve(prior.model, x, prior.sigmas(calls), {"seed": seed}, **arguments)
+        z = solve(prior.model, x, sigmas, {"seed": seed}, **arguments)
         with torch.no_grad():
             return prior.autoencoder.decode(z)
 
@@ -188,6 +195,12 @@ def pixel_method(solve: Method, **options: Any) -> Method:
     return run
 
 
+def fresh_noise(prior: Prior, count: int, seed: int) -> Callable[[], Tensor]:
+    """Noise for each step, image i as in a run of its own with seed + i."""
+    rngs = [torch.Generator().manual_seed(10_000 + seed + i) for i in range(count)]
+    return lambda: torch.stack([torch.randn(prior.shape, generator=rng) for rng in rngs])
+
+
 def published_cpigdm(
     prior: Prior, measurement: Measurement, calls: int, seed: int, start: float = 0.6, **others: Any
 ) -> Tensor:
@@ -205,17 +218,53 @@ def published_cpigdm(
 
 
 def diffpir(prior: Prior, measurement: Measurement, calls: int, seed: int, strength: float = 8.0, zeta: float = 0.3) -> Tensor:
-    """DiffPIR (Zhu et al. 2023): a proximal step on the data term after each denoising, then noise, new in the share zeta."""
+    """DiffPIR (Zhu et al. 2023): a proximal step on the data term after each denoising, then noise, new in the share zeta.
+
+    As in its program, sigma is on the 0 to 1 scale there and not below .001, and nothing is corrected in the last step.
+    """
     x, sigmas = prior.start(len(measurement.y), seed), prior.sigmas(calls)
-    spread = max(measurement.sigma, 0.002) ** 2  # never below .001 on the 0 to 1 scale, as in its program
-    fresh = [torch.Generator().manual_seed(10_000 + seed + i) for i in range(len(x))]
+    spread = max(measurement.sigma / 2, 0.001) ** 2
+    noise = fresh_noise(prior, len(x), seed)
     for sigma, after in itertools.pairwise(sigmas):
         with torch.no_grad():
             x0 = prior.model(x, sigma)
-        # argmin_x |A x - y|^2 / spread + strength / sigma^2 |x - x0|^2
-        x0 = measurement.operator.prox_l2(x0, measurement.y, float(sigma**2 / (strength * spread)))
-        noise = torch.stack([torch.randn(prior.shape, generator=rng) for rng in fresh])
-        x = x0 + after * ((1 - zeta) ** 0.5 * (x - x0) / sigma + zeta**0.5 * noise)
+        if after > 0:  # argmin_x |A x - y|^2 / spread + strength / sigma^2 |x - x0|^2
+            x0 = measurement.operator.prox_l2(x0, measurement.y, float(sigma**2 / (strength * spread)))
+        x = x0 + after * ((1 - zeta) ** 0.5 * (x - x0) / sigma + zeta**0.5 * noise())
+    return x
+
+
+def taken(ratio: float, values: Tensor) -> Tensor:
+    """Lambda / s^2 of DDNM+, Lambda = min(1, s sigma_fresh / sigma_y), at the eigenvalues s^2."""
+    return (values / ratio).sqrt().clamp(max=1) / values.clamp(min=1e-9)
+
+
+def left(ratio: float, values: Tensor) -> Tensor:
+    """The factor of the fresh noise that is still to be drawn where x0 took the photo's."""
+    return (1 - (taken(ratio, values) ** 2 * values * ratio)).clamp(min=0).sqrt()
+
+
+def ddnm(prior: Prior, measurement: Measurement, calls: int, seed: int, share: float = 0.85) -> Tensor:
+    """DDNM (Wang et al., ICLR 2023): x0 takes its seen part from the photo; with noise DDNM+, by singular directions.
+
+    In the next x each direction's fresh noise, sigma_next * share in all, is partly the photo's own, sigma_y / s: x0 takes as
+    much of A^+ (y - A x0) as has room in it (their Lambda), and the rest is drawn.
+    """
+    operator, y, spread = measurement.operator, measurement.y, measurement.sigma
+    x, sigmas = prior.start(len(y), seed), prior.sigmas(calls)
+    noise = fresh_noise(prior, len(x), seed)
+    for sigma, after in itertools.pairwise(sigmas):
+        with torch.no_grad():
+            x0 = prior.model(x, sigma)
+        room, eps, drawn = float(after) * share, (x - x0) / sigma, noise()
+        miss = y - operator.A(x0)
+        if spread and room:
+            ratio = (spread / room) ** 2  # of the variances, for a direction of eigenvalue 1
+            x0 = x0 + operator.A_adjoint(operator.gram(miss, partial(taken, ratio)))
+            drawn = operator.spectral(drawn, partial(left, ratio))
+        elif not spread:
+            x0 = x0 + operator.A_dagger(miss)
+        x = x0 + float(after) * (1 - share**2) ** 0.5 * eps + room * drawn
     return x
 
 
@@ -223,7 +272,7 @@ PIXEL_METHODS: dict[str, Method] = {
     "baseline": baseline,
     "dps": pixel_method(sample_psld, omega=1.0, gamma=0.0, eta=1.0),
     "pigdm": pixel_method(sample_cpigdm, weight="bayes", tau=math.inf, integrator="discrete", jacobian="k", eta=1.0),
-    "ddnm": pixel_method(sample_cpigdm, weight="paper", w=math.inf, eta=0.85),
+    "ddnm": ddnm,
     "diffpir": diffpir,
     "cpigdm_paper": published_cpigdm,
     "cpigdm_bayes": pixel_method(sample_cpigdm, weight="bayes"),

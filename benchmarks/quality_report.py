@@ -39,6 +39,8 @@ def glance(rows: Rows, tasks: list[str], names: list[str]) -> list[str]:
 
 def table(rows: Rows, tasks: list[str], methods: list[str], parts: Parts) -> str:
     """The rows of one split and one version of the weights, as Markdown."""
+    if not rows:
+        return "# Quality on the demo prior\n\nNothing measured with the present weights.\n"
     lines = [
         "# Quality on the demo prior",
         "",
@@ -80,6 +82,8 @@ def plots(rows: Rows, tasks: list[str], methods: list[str], parts: Parts, stem: 
         from matplotlib import pyplot, ticker
     except ImportError:
         print("no Matplotlib: the table is written, the plots are not")
+        return
+    if not rows:
         return
     shown = [task for task in tasks if any(r["task"] == task for r in rows)]
     curves = [m for m in methods if any(parts(r["method"])[0] == m for r in rows)]

@@ -87,7 +87,7 @@ class TrainAutoencoder(Task):
         copy = Autoencoder()
         copy.load_state_dict(self.network.state_dict())
         with torch.no_grad():
-            # The statistics that the decoder has learnt with: others, of whole pictures say, would tint what it gives.
+            # The statistics that the decoder has learnt with: those of other pictures would tint what it gives.
             copy.encoder[-1].weight /= self.running["std"][:, None, None, None]
             copy.encoder[-1].bias.sub_(self.running["mean"]).div_(self.running["std"])
         return copy.half().float().to(memory_format=torch.channels_last)
