@@ -101,10 +101,10 @@ class MemoryEstimate(io.ComfyNode):
                 if in_shape[0] != channels:
                     raise ValueError("vae: is not connected, and this model does not work on pixels. Connect the model's VAE")
                 return (len(measurement.y), *in_shape)
-            ratio = host.latent_ratio(vae)  # sides that are no multiples of it are widened by Restore
+            multiple = host.side_multiple(vae)  # sides that are none are widened by Restore
             return (
                 len(measurement.y),
-                *host.latent_size(vae, (in_shape[0], *(-(-side // ratio) * ratio for side in in_shape[1:]))),
+                *host.latent_size(vae, (in_shape[0], *(-(-side // multiple) * multiple for side in in_shape[1:]))),
             )
         if latent is None:
             raise ValueError("measurement: is not connected, and neither is latent; one of them must give the size")

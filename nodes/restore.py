@@ -141,8 +141,9 @@ class Restore(io.ComfyNode):
         exact = measurement.to("cpu", torch.float64)
         # A measurement that cannot be met is found out before the sampling, not after.
         finish(fill_unseen(host.stoppable(exact)), exact)
-        window, wide = widened(exact, host.latent_ratio(vae))
+        window, wide = widened(exact, host.side_multiple(vae))
         filled = to_image(fill_unseen(host.stoppable(wide))).clamp(0, 1)
+        on_pixels = host.works_on_pixels(vae)  # past its VAE, which rounds to bfloat16 on most GPUs
         sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler)
         solve, options = SOLVERS[method]
         run = {"memory": memory, "unique_id": host.node_id(cls), "plan": host.Plan()}
@@ -153,7 +154,8 @@ class Restore(io.ComfyNode):
             )
         # One picture at a time: it takes the memory of one, and comes out the same to the bit in any batch.
         for i in range(len(filled)):
-            start = vae.encode(filled[i : i + 1])
+            first = filled[i : i + 1]
+            start = to_signal("measurement", first).float() if on_pixels else vae.encode(first)
             for k in range(samples):
                 check = check_gradients and i == k == 0
                 photo = wide.select(i)
@@ -170,7 +172,7 @@ class Restore(io.ComfyNode):
                 # Photo i of a batch comes out as it would with seed + i alone.
                 number = (seed + i + k * NEXT_SAMPLE) % 2**63
                 latent = host.sample_latents(model, positive, negative, cfg, sampler, sigmas, start, number)
-                decoded = vae.decode(latent)
+                decoded = to_image(latent).clamp(0, 1) if on_pixels else vae.decode(latent)
                 if not bool(torch.isfinite(decoded).all()):
                     raise ValueError(
                         "vae: the picture it decodes has NaN or infinite values; start ComfyUI with --fp32-vae, or use another VAE"

@@ -118,7 +118,7 @@ class SamplerPSLD(io.ComfyNode):
                     "as published; wants 100 to 1000 steps.",
                 ),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="The VAE of the model. Leave it out only for a model that works on pixels."
+                    "vae", optional=True, tooltip="The VAE of the model. A model that works on pixels has pixel_space, or none."
                 ),
                 *RUN_INPUTS,
             ],
@@ -165,7 +165,8 @@ class SamplerCPiGDM(io.ComfyNode):
             max=100.0,
             step=0.05,
             advanced=True,
-            tooltip="Standard deviation of the pictures the model knows, in units of its latents; about 1 for all of Stable Diffusion.",
+            tooltip="Standard deviation of the pictures the model knows, in units of its latents; about 1 for all of Stable Diffusion. For "
+            "weight bayes and models on pixels .3 is the published value.",
         )
 
         def eta(default: float) -> io.Float.Input:
@@ -177,7 +178,8 @@ class SamplerCPiGDM(io.ComfyNode):
                 step=0.1,
                 advanced=True,
                 tooltip="Fresh noise each step: 0 is DDIM, 1 is DDPM. With weight dual and few steps more than that is better: it forgets "
-                "what an early step got wrong, from 2 on nearly all noise is fresh. The others were published with 0.",
+                "what an early step got wrong, from 2 on nearly all noise is fresh; on pixels 1 is nearer to the posterior. The others were "
+                "published with 0.",
             )
 
         jacobian = io.Combo.Input(
@@ -185,8 +187,8 @@ class SamplerCPiGDM(io.ComfyNode):
             options=["off", "k", "vp"],
             default="off",
             advanced=True,
-            tooltip="Add the network's Jacobian, at the price of a gradient through it; vp is the paper's. Only without a VAE. It did not "
-            "help where it was measured.",
+            tooltip="Add the network's Jacobian, at the price of a gradient through it; vp is the paper's. Only for models on pixels. It did "
+            "not help where it was measured.",
         )
         w = io.Float.Input(
             "w",
@@ -248,7 +250,7 @@ class SamplerCPiGDM(io.ComfyNode):
                     "exact for a Gaussian prior. paper: as published.",
                 ),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="The VAE of the model. Leave it out only for a model that works on pixels."
+                    "vae", optional=True, tooltip="The VAE of the model. A model that works on pixels has pixel_space, or none."
                 ),
                 *RUN_INPUTS,
             ],
@@ -270,10 +272,10 @@ class SamplerCPiGDM(io.ComfyNode):
         options = {"consistency": consistency, "inner_steps": inner_steps, "last_steps": last_steps, **weight}
         if vae is not None:
             host.latent_size(vae, measurement.operator.in_shape)
-            if weight.get("jacobian", "off") != "off":
-                raise ValueError("jacobian: works without a VAE only, for models of pixels; set it to off")
+            if weight.get("jacobian", "off") != "off" and not host.needless(vae, measurement.operator):
+                raise ValueError("jacobian: works only for models on pixels and operators with a closed form; set it to off")
         run = {"memory": memory, "check_gradients": check_gradients, "unique_id": host.node_id(cls)}
-        run |= {"network_gradient": weight.get("jacobian", "off") != "off", "lighter": {} if vae is None else LIGHTER}
+        run |= {"network_gradient": weight.get("jacobian", "off") != "off", "lighter": LIGHTER}
         return io.NodeOutput(host.stock_sampler(sample_cpigdm, measurement, vae, **run, **options))
 
 

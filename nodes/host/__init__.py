@@ -20,8 +20,8 @@ notices. ComfyUI is imported inside functions: a renamed internal then fails one
     demo_models  MODEL, CLIP and VAE around the demo prior
 """
 
-from .codec import Codec, check_sizes, check_vae, latent_ratio, latent_size
-from .demo_models import null_clip, picture_vae, slim_sd15
+from .codec import Codec, check_sizes, check_vae, latent_size, needless, side_multiple, works_on_pixels
+from .demo_models import null_clip, picture_vae, pixel_vae, slim_sd15
 from .faults import naming_lack_of_memory, stoppable
 from .gradients import differentiable_options, gradients, normal_tensors, normal_weights
 from .internals import naming_what_is_missing, without
@@ -44,15 +44,16 @@ __all__ = [
     "differentiable_options",
     "estimate",
     "gradients",
-    "latent_ratio",
     "latent_size",
     "naming_lack_of_memory",
     "naming_what_is_missing",
+    "needless",
     "node_id",
     "normal_tensors",
     "normal_weights",
     "null_clip",
     "picture_vae",
+    "pixel_vae",
     "refuse_unsupported",
     "resident",
     "room",
@@ -60,6 +61,7 @@ __all__ = [
     "sample_latents",
     "schedulers",
     "show_text",
+    "side_multiple",
     "sigmas_of",
     "slim_sd15",
     "state_of",
@@ -67,4 +69,5 @@ __all__ = [
     "stock_sampler",
     "stoppable",
     "without",
+    "works_on_pixels",
 ]

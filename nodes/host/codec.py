@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from .faults import check_finite
+from .internals import without
 from .readout import throw_if_interrupted
 from .recompute import recomputed
+
+# Pixels: a multiple of the patches that ComfyUI's models on pixels cut a picture into; it pads others from the opposite edge.
+PATCH = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +67,23 @@ def check_vae(vae: Any, latent_format: Any = None) -> None:
         )
 
 
+def works_on_pixels(vae: Any) -> bool:
+    """Whether this is ComfyUI's "pixel_space" VAE, for models whose latents are pictures in [-1, 1].
+
+    It changes nothing but the precision (bfloat16 on most GPUs), and clamps what it decodes.
+    """
+    with without("VAE for models that work on pixels"):
+        from comfy.pixel_space_convert import PixelspaceConversionVAE
+
+        return isinstance(getattr(vae, "first_stage_model", None), PixelspaceConversionVAE)
+    return False
+
+
+def needless(vae: Any, operator: Any) -> bool:
+    """Whether the samplers do better without the VAE: it changes nothing, and in pixels they have closed forms for the operator."""
+    return works_on_pixels(vae) and operator.exact
+
+
 def latent_size(vae: Any, in_shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """(channels, height, width) of the latent whose decoded picture has shape in_shape; refuse a size no latent has."""
     check_vae(vae)
@@ -79,10 +100,10 @@ def latent_size(vae: Any, in_shape: tuple[int, int, int]) -> tuple[int, int, int
     return vae.latent_channels, height // ratio, width // ratio
 
 
-def latent_ratio(vae: Any) -> int:
-    """Pixels of the picture along one latent pixel."""
+def side_multiple(vae: Any) -> int:
+    """What the sides of a picture must be multiples of, for the VAE, or for the patches of models that work on pixels."""
     check_vae(vae)
-    return vae.upscale_ratio
+    return PATCH if works_on_pixels(vae) else vae.upscale_ratio
 
 
 def check_sizes(x: Tensor, measurement: Any, vae: Any) -> None:

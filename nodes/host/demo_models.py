@@ -10,15 +10,20 @@ def slim_sd15(unet_state: dict[str, Tensor]) -> Any:
     """A MODEL around ComfyUI's own SD 1.x UNet at another width, with nothing registered in ComfyUI.
 
     Args:
-        unet_state: keys and shapes of an SD 1.x UNet, without a prefix.
+        unet_state: keys and shapes of an SD 1.x UNet, without a prefix; of 4 channels for SD's latents, of 3 for pictures in [-1, 1].
     """
+    import comfy.latent_formats
     import comfy.model_detection as detection
     import comfy.model_management as mm
     from comfy.model_patcher import ModelPatcher
     from comfy.supported_models import SD15
 
+    width, channels = unet_state["input_blocks.0.0.weight"].shape[:2]
+
     class Slim(SD15):
-        unet_config = {**SD15.unet_config, "model_channels": unet_state["input_blocks.0.0.weight"].shape[0]}
+        unet_config = {**SD15.unet_config, "model_channels": width}
+        # ComfyUI has no plainer format of pixels than that of its first model on them.
+        latent_format = comfy.latent_formats.ChromaRadiance if channels == 3 else SD15.latent_format
 
     config = Slim(detection.detect_unet_config(unet_state, ""))
     config.set_inference_dtype(torch.float32, None)
@@ -45,6 +50,13 @@ def picture_vae(network: torch.nn.Module, taesd_state: dict[str, Tensor]) -> Any
     mm.archive_model_dtypes(network)
     vae.patcher = ModelPatcher(network, load_device=vae.device, offload_device=vae.patcher.offload_device)
     return vae
+
+
+def pixel_vae() -> Any:
+    """ComfyUI's own VAE for models that work on pixels; Load VAE has it as "pixel_space"."""
+    from comfy.sd import VAE
+
+    return VAE(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=torch.float32)
 
 
 def null_clip(channels: int = 768) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage, nn
 
+from .codec import works_on_pixels
 from .gradients import differentiable_options, gradients
 from .internals import missing, without
 from .recompute import MODES, blocks, replaced_forwards
@@ -135,6 +136,8 @@ def estimate(
         raise RuntimeError(f"memory cannot be estimated: this ComfyUI has no {missing(error)}") from error
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    if works_on_pixels(vae):
+        vae = None
     with gradients():  # quantised weights cannot be listed in inference mode
         sizes = [module_size(network) for network in (model, *controls)]
         weights = sum(sizes) + (0 if vae is None else module_size(vae.first_stage_model))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...samplers import State, measured
 from . import guard
-from .codec import Codec, check_sizes, check_vae
+from .codec import Codec, check_sizes, check_vae, needless
 from .faults import (
     Course,
     MainMemoryFull,
@@ -56,7 +56,7 @@ def stock_sampler(
         unique_id: of the node that shows the progress.
         network_gradient: whether `solve` differentiates through the diffusion network, and not through the VAE alone. Without it the
             network may be quantised, cached or patched by what has no gradient.
-        lighter: options of `solve` that replace those given when memory does not suffice for them in any mode.
+        lighter: options of `solve` that replace those given when memory does not suffice for them in any mode; only with a VAE.
         notes: gets the lines that the run leaves on its node, about memory for example, for a node that shows a text of its own.
         plan: one for the runs of a node that are alike, so that memory is estimated and tried out once; each its own otherwise.
         options: further keywords of `solve`.
@@ -99,6 +99,8 @@ def run_on_host(
     if vae is not None:
         check_vae(vae, guider.inner_model.latent_format)
     check_sizes(x, measurement, vae)
+    if needless(vae, measurement.operator):
+        vae = None
     readout = Readout(unique_id, residual_scale(measurement), measurement.sigma / 2, [] if notes is None else notes)
     plan = Plan() if plan is None else plan
     need, memory = needed(plan, guider, vae, x, network_gradient), plan.mode or memory
@@ -188,7 +190,7 @@ def run_in_memory(
     if memory != MODES[0]:
         readout.note(f"memory: {memory}" + (f", for {why}" if why else ""))
     ways = [(f"in mode {mode}", mode, options) for mode in MODES[MODES.index(memory) :]]
-    if lighter and any(options.get(name) != value for name, value in lighter.items()):
+    if codec is not None and lighter and any(options.get(name) != value for name, value in lighter.items()):
         said = " and ".join(f"{name} {value}" for name, value in lighter.items())
         ways.append((f"with {said}, which follows the photo less closely", MODES[-1], {**options, **lighter}))
     while True:
