@@ -36,7 +36,7 @@ RESULT = ROOT / "benchmarks" / "results" / "calibration.md"
 def finished(prior: Prior, measurement: Measurement, name: str, seed: int) -> Tensor:
     method, others, calls = parts(name)
     x = METHODS[method](prior, measurement, calls, seed=seed, **others)
-    return enforce_consistency(x.double(), measurement.to("cpu", torch.float64), 0.1).float().clamp(-1, 1)
+    return enforce_consistency(x.double(), measurement.to("cpu", torch.float64)).float().clamp(-1, 1)
 
 
 def measure(samples: Tensor, truth: Tensor, free: Tensor) -> dict[str, float]:

@@ -128,7 +128,7 @@ def rows(
     seconds = (time.process_time() - start) / count
     # Exactly where the operator can be met exactly, and as the noise allows elsewhere; blurs get the rounding of 8 bits.
     kind = measurement if sigma or not isinstance(operator, Blur) else Measurement(measurement.y, operator, 0.004)
-    finished = enforce_consistency(x.double(), kind.to("cpu", torch.float64), 0.1).float().clamp(-1, 1)
+    finished = enforce_consistency(x.double(), kind.to("cpu", torch.float64)).float().clamp(-1, 1)
     kept = operator.A(torch.ones(1, *in_shape)) if isinstance(operator, Mask) else None
     entries = float(kept.expand(1, *in_shape).sum()) if kept is not None else measurement.y[0].numel()
     residual = measurement.residual_norm(x) / entries**0.5 / (measurement.sigma or 2)

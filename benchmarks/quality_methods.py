@@ -88,10 +88,11 @@ class Prior:
         """Noise at the highest level."""
         return self.noise(count, seed) * (1 + float(networks.noise_levels()[-1]) ** 2) ** 0.5
 
-    def sigmas(self, calls: int, highest: float = math.inf) -> Tensor:
-        """Timesteps evenly spaced from the noisiest (or that of the highest sigma) to the cleanest, as the papers have them."""
+    def sigmas(self, calls: int, highest: float = math.inf, lowest: float = 0.0) -> Tensor:
+        """Timesteps evenly spaced from the noisiest to the cleanest, as the papers have them, or between two sigmas; then 0."""
         levels = networks.noise_levels().float()
-        steps = torch.linspace(max(int((levels <= highest).sum()) - 1, 0), 0, calls).round().long()
+        first, last = (max(int((levels <= sigma).sum()) - 1, 0) for sigma in (highest, lowest))
+        steps = torch.linspace(first, last, calls).round().long()
         return torch.cat([levels[steps], torch.zeros(1)])
 
     @torch.no_grad()
@@ -143,9 +144,17 @@ def decoder_only(prior: Prior, measurement: Measurement, calls: int, seed: int) 
 
 
 def latent_method(solve: Method, **options: Any) -> Method:
-    def run(prior: Prior, measurement: Measurement, calls: int, seed: int, highest: float = math.inf, **others: Any) -> Tensor:
-        """highest: the first sigma, from which on the filled photo is what the noise is added to."""
-        x, sigmas = prior.start(len(measurement.y), seed), prior.sigmas(calls, highest)
+    def run(
+        prior: Prior,
+        measurement: Measurement,
+        calls: int,
+        seed: int,
+        highest: float = math.inf,
+        lowest: float = 0.0,
+        **others: Any,
+    ) -> Tensor:
+        """highest: the first sigma, where the noise is added to the filled photo; lowest: the last one that the network sees."""
+        x, sigmas = prior.start(len(measurement.y), seed), prior.sigmas(calls, highest, lowest)
         if highest < math.inf:
             with torch.no_grad():
                 filled = prior.autoencoder.encode(fill_unseen(measurement).clamp(-1, 1))

@@ -12,7 +12,6 @@ from .pictures import shown
 from .readouts import compared
 from .types import BRIGHTEST, CATEGORY, MeasurementType, to_image, to_signal
 
-ERROR = 0.05  # of a sampled picture, on the 0 to 1 scale
 FEATHER = 4.0  # pixels
 
 
@@ -33,13 +32,13 @@ class Finish(io.ComfyNode):
                 MeasurementType.Input("measurement", tooltip="The measurement it was restored from."),
                 io.Float.Input(
                     "error",
-                    default=ERROR,
-                    min=0.001,
+                    default=0.0,
+                    min=0.0,
                     max=1.0,
                     step=0.005,
                     advanced=True,
                     tooltip="With noise only: expected error of the picture before this node, on the 0 to 1 scale. Larger follows the "
-                    "noisy photo more closely.",
+                    "noisy photo more closely. 0 takes what the picture's own distance to the photo says.",
                 ),
                 io.Float.Input(
                     "feather",
@@ -63,19 +62,19 @@ class Finish(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image: Tensor, measurement: Measurement, error: float, feather: float = FEATHER) -> io.NodeOutput:
+    def execute(cls, image: Tensor, measurement: Measurement, error: float = 0.0, feather: float = FEATHER) -> io.NodeOutput:
         x = check_result("image", image, measurement)
         finished, rms, text = finish(x, measurement, error, feather)
         return io.NodeOutput(finished, rms, ui=shown(cls, finished, text=text))
 
 
-def finish(x: Tensor, measurement: Measurement, error: float = ERROR, feather: float = FEATHER) -> tuple[Tensor, float, str]:
+def finish(x: Tensor, measurement: Measurement, error: float = 0.0, feather: float = FEATHER) -> tuple[Tensor, float, str]:
     """Make pictures agree with their measurement.
 
     Args:
         x: (B, 3, H, W) in [-1, 1], float64.
         measurement: on any device, in any precision.
-        error: of x around the truth, on the 0 to 1 scale; used with noise only.
+        error: of x around the truth, on the 0 to 1 scale; used with noise only, 0 is what its residual says.
         feather: width of the soft edge inside holes, in pixels.
 
     Returns:
@@ -87,7 +86,7 @@ def finish(x: Tensor, measurement: Measurement, error: float = ERROR, feather: f
     """
     measurement = host.stoppable(measurement, torch.float64)
     try:
-        agreed = enforce_consistency(x, measurement, 2 * error)
+        agreed = enforce_consistency(x, measurement, 2 * error or None)
     except ConvergenceError as fault:
         raise ValueError(
             f"measurement: this operator cannot be met exactly ({fault}). Give its Measurement node a sigma above 0; 0.002 stands "

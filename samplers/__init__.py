@@ -1,8 +1,17 @@
 """Posterior samplers as k-diffusion functions. Imports torch only; an operator is used through its public methods."""
 
 from .cpigdm import sample_cpigdm
-from .pixels import enforce_consistency, feather_holes, fill_unseen, measured
+from .pixels import enforce_consistency, expected_error, feather_holes, fill_unseen, measured
 from .psld import sample_psld
 from .states import State
 
-__all__ = ["State", "enforce_consistency", "feather_holes", "fill_unseen", "measured", "sample_cpigdm", "sample_psld"]
+__all__ = [
+    "State",
+    "enforce_consistency",
+    "expected_error",
+    "feather_holes",
+    "fill_unseen",
+    "measured",
+    "sample_cpigdm",
+    "sample_psld",
+]

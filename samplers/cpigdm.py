@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choices, check_common
-from .latent_consistency import closer, match_by_decoder, match_by_encoder, measured_entries
+from .latent_consistency import closer, match_by_decoder, match_by_encoder, measured_entries, spread_of
 from .steps import Autoencoder, ddim_step, noise_sampler, per_image, vjp
 from .weights import Bayes, Paper, Weight, over_compensated, psi, pull
 
@@ -123,7 +123,7 @@ def sample_cpigdm(
             x0 = model(seen, sigma.expand(len(x)), **extra_args)
         with torch.no_grad():
             denoised = x0.detach()
-            innovation, fit = space.innovation(denoised, last=bool(sigma_next == 0))
+            innovation, fit = space.innovation(denoised, levels[i], last=bool(sigma_next == 0))
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised, "residual": fit})
             target, change = method.step(seen, x0, innovation, levels[i], levels[i + 1])
@@ -238,7 +238,7 @@ class NoisyPixels:
         self.operator, self.y, self.noise = measurement.operator, measurement.y, measurement.sigma
         self.top = self.operator.norm() ** 2
 
-    def innovation(self, x0: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    def innovation(self, x0: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         """What the measurement says of x0, and ||A x0 - y||, (B,)."""
         residual = self.y - self.operator.A(x0)
         return residual, torch.linalg.vector_norm(residual.flatten(1), dim=1)
@@ -265,7 +265,7 @@ class ExactPixels:
     def __init__(self, measurement: Any) -> None:
         self.operator, self.y = measurement.operator, measurement.y
 
-    def innovation(self, x0: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    def innovation(self, x0: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         residual = self.y - self.operator.A(x0)
         return self.operator.A_dagger(residual), torch.linalg.vector_norm(residual.flatten(1), dim=1)
 
@@ -293,10 +293,10 @@ class Latents:
         self.inner_steps, self.last_steps = inner_steps, last_steps
         self.entries = measured_entries(measurement)
 
-    def innovation(self, x0: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    def innovation(self, x0: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         steps = self.last_steps if last else self.inner_steps
         if self.consistency == "decoder":
-            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, self.entries)
+            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, self.entries, spread_of(sigma))
         else:
             target, fit = match_by_encoder(x0, self.measurement, self.autoencoder, steps)
         if last:

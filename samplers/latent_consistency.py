@@ -8,6 +8,13 @@ from torch import Tensor
 from .pixels import ROUNDING, measured
 from .steps import Autoencoder, per_image, vjp
 
+DOUBT = 0.3  # of a network's x0 where sigma is small, in latents of unit variance; chosen on the demo prior
+
+
+def spread_of(sigma: Tensor) -> float:
+    """Standard deviation of the truth's latent around the network's x0 at a noise level, for latents of unit variance."""
+    return float(1 / (1 + sigma.double() ** -2) + DOUBT**2) ** 0.5
+
 
 def measured_entries(measurement: Any) -> Tensor:
     """How many values of y measure anything, (B,)."""
@@ -15,9 +22,12 @@ def measured_entries(measurement: Any) -> Tensor:
 
 
 def match_by_decoder(
-    z: Tensor, measurement: Any, autoencoder: Autoencoder | None, steps: int, entries: Tensor
+    z: Tensor, measurement: Any, autoencoder: Autoencoder | None, steps: int, entries: Tensor, spread: float = float("inf")
 ) -> tuple[Tensor, Tensor]:
     """Move z towards A D(z) = y by conjugate gradients on ||A D(z) - y||^2 / 2, until the residual is that of the noise.
+
+    With noise the start counts too: the steps then minimise ||A D(z) - y||^2 / sigma^2 + ||z - start||^2 / spread^2. A decoder
+    draws no picture exactly, so that noise would have to make up for the rest of the residual.
 
     Each step decodes twice and takes one vjp of the decoder: the gradient, and A J d for the exact line search of the linearised
     decoder. The step that would go below sigma sqrt(m) ends on it (discrepancy principle).
@@ -28,6 +38,7 @@ def match_by_decoder(
         autoencoder: only D is used; None is pixel space, D = I.
         steps: at most this many.
         entries: m of each image, (B,).
+        spread: standard deviation of z around the truth's, in latents of unit variance.
 
     Returns:
         The latents, (B, c, h, w), detached, and ||A D(z) - y|| before the first step, (B,).
@@ -38,7 +49,8 @@ def match_by_decoder(
     move = max(0.01, torch.finfo(getattr(autoencoder, "dtype", z.dtype)).eps ** 0.5)
     fit = None
     goal = measurement.sigma**2 * entries
-    z = z.detach()
+    start = z = z.detach()
+    damping = (measurement.sigma / spread) ** 2
     # No step is longer than four times z itself, or unit variance: the line search knows no bound where the decoder hardly reacts,
     # as one does that a network gone astray has saturated.
     longest = 4 * z.flatten(1).norm(dim=1).clamp(min=z[0].numel() ** 0.5)
@@ -49,7 +61,7 @@ def match_by_decoder(
             seen = operator.A(decode(z))
             residual = (y - seen).detach()
             fit = residual.flatten(1).norm(dim=1) if fit is None else fit
-            descent = vjp(seen, z, residual)
+            descent = vjp(seen, z, residual) - damping * (z.detach() - start)
         with torch.no_grad():
             z, seen = z.detach(), seen.detach()
             # Polak and Ribiere's choice, which starts anew where the decoder's curvature has spoilt the old direction.
@@ -63,6 +75,7 @@ def match_by_decoder(
             best = (_dot(residual, slope) / curve).clamp(min=0)
             excess = (_dot(residual, residual) - goal).clamp(min=0) / curve
             length = best - (best**2 - excess).clamp(min=0).sqrt()
+            length = torch.minimum(length, (_dot(descent, direction) / (curve + damping * size**2)).clamp(min=0))
             length = torch.minimum(length, longest / size)
             z = z + per_image(length, z) * direction
     return z, fit

@@ -47,7 +47,24 @@ def measured(operator: Any, y: Tensor) -> Tensor:
     return (reached > 8 * torch.finfo(y.dtype).eps * reached.max()).to(y)
 
 
-def enforce_consistency(x: Tensor, measurement: Any, error: float, sweeps: int = 20) -> Tensor:
+def expected_error(x: Tensor, measurement: Any) -> Tensor:
+    """The error of x that explains how far A x is from y: its standard deviation, (B,), in [-1, 1] units.
+
+    By moments, for white errors: E ||A x - y||^2 = m sigma^2 + error^2 tr(A A^T). 0 where the residual is that of the noise.
+
+    Args:
+        x: (B, C, H, W) in [-1, 1].
+        measurement: `y` (1 or B, c, h, w), `operator`, `sigma`.
+    """
+    operator, y = measurement.operator, measurement.y.expand(len(x), -1, -1, -1)
+    entries = measured(operator, y).flatten(1).sum(1)
+    excess = (y - operator.A(x)).square().flatten(1).sum(1) - entries * measurement.sigma**2
+    draws = torch.randn(4, *operator.in_shape, generator=torch.Generator().manual_seed(0)).to(x)
+    trace = sum(operator.A(draw.expand(x.shape).contiguous()).square().flatten(1).sum(1) for draw in draws) / len(draws)
+    return (excess.clamp(min=0) / torch.where(trace == 0, 1.0, trace)).sqrt()
+
+
+def enforce_consistency(x: Tensor, measurement: Any, error: float | None = None, sweeps: int = 20) -> Tensor:
     """Correct x as little as possible so that it agrees with y.
 
     Noise-free: x + A^+ (y - A x), the nearest picture with A x = y. Where that leaves [-1, 1], clamping and projecting take
@@ -58,15 +75,19 @@ def enforce_consistency(x: Tensor, measurement: Any, error: float, sweeps: int =
     Args:
         x: (B, C, H, W) in [-1, 1].
         measurement: `y` (1 or B, c, h, w), `operator`, `sigma`.
-        error: expected standard deviation of x around the truth, in [-1, 1] units; used only when sigma > 0.
+        error: expected standard deviation of x around the truth, in [-1, 1] units; None is what its own residual says, by
+            `expected_error`. Used only when sigma > 0.
         sweeps: at most this many rounds of alternating projections.
 
     Raises:
         ValueError: noise-free, and meeting y exactly would amplify the rounding of an 8-bit photo into the picture.
     """
     operator, y = measurement.operator, measurement.y.expand(len(x), -1, -1, -1)
-    if measurement.sigma > 0:
+    if measurement.sigma > 0 and error is not None:
         return operator.prox_l2(x, y, (error / measurement.sigma) ** 2)
+    if measurement.sigma > 0:
+        strengths = ((expected_error(x, measurement) / measurement.sigma) ** 2).tolist()
+        return torch.cat([operator.select(i).prox_l2(x[i : i + 1], y[i : i + 1], gamma) for i, gamma in enumerate(strengths)])
     exact = x + operator.A_dagger(y - operator.A(x))
     # A blur's inverse has gains of up to 1e6: a y that was rounded to 8 bits then moves x by far more than it would if the
     # rounding were taken into account.

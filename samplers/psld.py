@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choices, check_common
-from .latent_consistency import closer, match_by_decoder, measured_entries
+from .latent_consistency import closer, match_by_decoder, measured_entries, spread_of
 from .steps import Autoencoder, ddim_step, noise_sampler, per_image, vjp
 
 GLUES, RULES = ("pinv", "adjoint", "goodness"), ("paper", "line_search")
@@ -125,7 +125,7 @@ def sample_psld(
             # step of z after the move to sigma_next is c_next times that step of x.
             step = -((1 + sigma**2) * (1 + sigma_next**2)).sqrt() * step
         else:
-            step, fit = search.step(x, z0, sigma_next)
+            step, fit = search.step(x, z0, sigma, sigma_next)
         x, z0 = x.detach(), z0.detach()
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": z0, "residual": fit.detach()})
@@ -153,11 +153,12 @@ class LineSearch:
         self.omega, self.inner_steps, self.last_steps = omega, inner_steps, last_steps
         self.entries = measured_entries(measurement)
 
-    def step(self, x: Tensor, z0: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, z0: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
         """What to add to x after the move to sigma_next, (B, c, h, w), and ||A D(z0) - y||, (B,)."""
         last = not x.requires_grad
         steps = self.last_steps if last else self.inner_steps
-        target, fit = match_by_decoder(z0, self.measurement, self.autoencoder, steps, self.entries)
+        spread = float("inf") if self.autoencoder is None else spread_of(sigma)
+        target, fit = match_by_decoder(z0, self.measurement, self.autoencoder, steps, self.entries, spread)
         if last:
             with torch.no_grad():
                 return closer(target, z0, fit, self.measurement, self.autoencoder) - z0, fit

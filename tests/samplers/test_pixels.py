@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from operators import AreaDownscale, Blur, Dense, Grayscale, Identity, Mask, Measurement, Scale, Stack, gaussian_kernel
-from samplers import enforce_consistency, feather_holes, fill_unseen, measured
+from samplers import enforce_consistency, expected_error, feather_holes, fill_unseen, measured
 
 
 def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -107,6 +107,37 @@ def test_noisy_is_the_posterior_mean() -> None:
     x, y = uniform(1, 3, 4, 4), uniform(1, 3, 4, 4, seed=1)
     out = enforce_consistency(x, Measurement(y, Identity((3, 4, 4)), sigma=0.2), error=0.1)
     torch.testing.assert_close(out, (x / 0.1**2 + y / 0.2**2) / (1 / 0.1**2 + 1 / 0.2**2))
+
+
+@pytest.mark.parametrize("task", ["identity", "mask", "area"])
+def test_the_error_is_read_from_the_residual(task: str) -> None:
+    """Of pictures that are off by noise of their own, each by another; what is within the photo's noise counts as right."""
+    shape = (3, 64, 64)
+    operator = {
+        "identity": Identity(shape),
+        "mask": Mask((torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(5)) < 0.4).double()),
+        "area": AreaDownscale(shape, 4),
+    }[task]
+    g = torch.Generator().manual_seed(0)
+    truth = uniform(3, *shape)
+    y = operator.A(truth)
+    sigma = 0.05
+    y = y + sigma * measured(operator, y) * torch.randn(y.shape, generator=g, dtype=torch.float64)
+    errors = torch.tensor([0.02, 0.1, 0.3], dtype=torch.float64)
+    x = truth + errors[:, None, None, None] * torch.randn(truth.shape, generator=g, dtype=torch.float64)
+    measurement = Measurement(y, operator, sigma)
+    found = expected_error(x, measurement)
+    torch.testing.assert_close(found[2:], errors[2:], rtol=0.1, atol=0)
+    assert bool((found < errors + 0.1).all())
+    out = enforce_consistency(x, measurement)
+    for i in range(3):
+        one = enforce_consistency(x[i : i + 1], measurement.select(i), float(found[i]))
+        torch.testing.assert_close(out[i : i + 1], one, rtol=0, atol=1e-12)
+    after, before = ((v - truth).square().mean((1, 2, 3)) for v in (out, x))
+    assert bool((after < before)[1:].all())
+    assert float(after[0]) < 1.1 * float(before[0])
+    near = enforce_consistency(truth, Measurement(operator.A(truth), operator, sigma))
+    assert torch.equal(near, truth)
 
 
 # Feathering ---------------------------------------------------------------------------------------------------------------
