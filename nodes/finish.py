@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..operators import ConvergenceError, Mask, Measurement
 from ..samplers import enforce_consistency, feather_holes
+from ..samplers.pixels import USUAL
 from . import host
 from .measurement import check_result, single
 from .pictures import shown
@@ -38,7 +39,8 @@ class Finish(io.ComfyNode):
                     step=0.005,
                     advanced=True,
                     tooltip="With noise only: expected error of the picture before this node, on the 0 to 1 scale. Larger follows the "
-                    "noisy photo more closely. 0 takes what the picture's own distance to the photo says.",
+                    "noisy photo more closely, its grain too; much above the noise is mostly the noisy photo. 0 is automatic: what the picture's own "
+                    "distance to the photo says.",
                 ),
                 io.Float.Input(
                     "feather",
@@ -86,7 +88,9 @@ def finish(x: Tensor, measurement: Measurement, error: float = 0.0, feather: flo
     """
     measurement = host.stoppable(measurement, torch.float64)
     try:
-        agreed = enforce_consistency(x, measurement, 2 * error or None)
+        # Of combined photos each must agree: what one of them leaves is not to be averaged with the others.
+        read = None if len(single(measurement)) == 1 else USUAL
+        agreed = enforce_consistency(x, measurement, 2 * error or read)
     except ConvergenceError as fault:
         raise ValueError(
             f"measurement: this operator cannot be met exactly ({fault}). Give its Measurement node a sigma above 0; 0.002 stands "

@@ -118,7 +118,9 @@ class SamplerPSLD(io.ComfyNode):
                     "as published; wants 100 to 1000 steps.",
                 ),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="The VAE of the model. A model that works on pixels has pixel_space, or none."
+                    "vae",
+                    optional=True,
+                    tooltip="The VAE of the model. For a model that works on pixels: pixel_space, from Load VAE.",
                 ),
                 *RUN_INPUTS,
             ],
@@ -165,8 +167,8 @@ class SamplerCPiGDM(io.ComfyNode):
             max=100.0,
             step=0.05,
             advanced=True,
-            tooltip="Standard deviation of the pictures the model knows, in units of its latents; about 1 for all of Stable Diffusion. For "
-            "weight bayes and models on pixels .3 is the published value.",
+            tooltip="Standard deviation of the pictures the model knows, in units of its latents; about 1 for all of Stable Diffusion. On "
+            "pixels: 1 with weight dual, .3 with bayes.",
         )
 
         def eta(default: float) -> io.Float.Input:
@@ -196,7 +198,7 @@ class SamplerCPiGDM(io.ComfyNode):
             min=0.0,
             max=1000.0,
             step=0.5,
-            tooltip="Strength; the paper takes 15, with noise 2. 0 ignores the photo.",
+            tooltip="Strength; the paper takes 15 for photos without noise, 2 for noisy ones. 0 ignores the photo.",
         )
         return io.Schema(
             node_id="PosteriorSamplerCPiGDM",
@@ -250,7 +252,9 @@ class SamplerCPiGDM(io.ComfyNode):
                     "exact for a Gaussian prior. paper: as published.",
                 ),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="The VAE of the model. A model that works on pixels has pixel_space, or none."
+                    "vae",
+                    optional=True,
+                    tooltip="The VAE of the model. For a model that works on pixels: pixel_space, from Load VAE.",
                 ),
                 *RUN_INPUTS,
             ],
@@ -272,7 +276,8 @@ class SamplerCPiGDM(io.ComfyNode):
         options = {"consistency": consistency, "inner_steps": inner_steps, "last_steps": last_steps, **weight}
         if vae is not None:
             host.latent_size(vae, measurement.operator.in_shape)
-            if weight.get("jacobian", "off") != "off" and not host.needless(vae, measurement.operator):
+            closed = host.works_on_pixels(vae) and measurement.operator.exact
+            if weight.get("jacobian", "off") != "off" and not closed:
                 raise ValueError("jacobian: works only for models on pixels and operators with a closed form; set it to off")
         run = {"memory": memory, "check_gradients": check_gradients, "unique_id": host.node_id(cls)}
         run |= {"network_gradient": weight.get("jacobian", "off") != "off", "lighter": LIGHTER}

@@ -13,7 +13,8 @@ DOUBT = 0.3  # of a network's x0 where sigma is small, in latents of unit varian
 
 def spread_of(sigma: Tensor) -> float:
     """Standard deviation of the truth's latent around the network's x0 at a noise level, for latents of unit variance."""
-    return float(1 / (1 + sigma.double() ** -2) + DOUBT**2) ** 0.5
+    s = float(sigma)
+    return (s * s / (1 + s * s) + DOUBT**2) ** 0.5
 
 
 def measured_entries(measurement: Any) -> Tensor:
@@ -24,7 +25,7 @@ def measured_entries(measurement: Any) -> Tensor:
 def match_by_decoder(
     z: Tensor, measurement: Any, autoencoder: Autoencoder | None, steps: int, entries: Tensor, spread: float = float("inf")
 ) -> tuple[Tensor, Tensor]:
-    """Move z towards A D(z) = y by conjugate gradients on ||A D(z) - y||^2 / 2, until the residual is that of the noise.
+    """Move z towards A D(z) = y by conjugate gradients on ||A D(z) - y||^2 / 2, at most until the residual is that of the noise.
 
     With noise the start counts too: the steps then minimise ||A D(z) - y||^2 / sigma^2 + ||z - start||^2 / spread^2. A decoder
     draws no picture exactly, so that noise would have to make up for the rest of the residual.
@@ -75,7 +76,8 @@ def match_by_decoder(
             best = (_dot(residual, slope) / curve).clamp(min=0)
             excess = (_dot(residual, residual) - goal).clamp(min=0) / curve
             length = best - (best**2 - excess).clamp(min=0).sqrt()
-            length = torch.minimum(length, (_dot(descent, direction) / (curve + damping * size**2)).clamp(min=0))
+            damped = _dot(residual, slope) - damping * _dot(z - start, direction)
+            length = torch.minimum(length, (damped / (curve + damping * size**2)).clamp(min=0))
             length = torch.minimum(length, longest / size)
             z = z + per_image(length, z) * direction
     return z, fit
@@ -95,7 +97,7 @@ def closer(z: Tensor, start: Tensor, fit: Tensor, measurement: Any, autoencoder:
 def match_by_encoder(z: Tensor, measurement: Any, autoencoder: Autoencoder, steps: int) -> tuple[Tensor, Tensor]:
     """Move z by E(corrected picture) - E(picture), which cancels what E(D(z)) differs from z; no gradients at all.
 
-    Args and returns as for `match_by_decoder`.
+    The first four arguments and what it returns are as for `match_by_decoder`.
     """
     operator, y = measurement.operator, measurement.y
     gamma = (0.1 / max(measurement.sigma, ROUNDING)) ** 2

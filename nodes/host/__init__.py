@@ -20,7 +20,7 @@ notices. ComfyUI is imported inside functions: a renamed internal then fails one
     demo_models  MODEL, CLIP and VAE around the demo prior
 """
 
-from .codec import Codec, check_sizes, check_vae, latent_size, needless, side_multiple, works_on_pixels
+from .codec import Codec, check_sizes, check_vae, latent_size, side_multiple, works_on_pixels
 from .demo_models import null_clip, picture_vae, pixel_vae, slim_sd15
 from .faults import naming_lack_of_memory, stoppable
 from .gradients import differentiable_options, gradients, normal_tensors, normal_weights
@@ -47,7 +47,6 @@ __all__ = [
     "latent_size",
     "naming_lack_of_memory",
     "naming_what_is_missing",
-    "needless",
     "node_id",
     "normal_tensors",
     "normal_weights",

@@ -79,11 +79,6 @@ def works_on_pixels(vae: Any) -> bool:
     return False
 
 
-def needless(vae: Any, operator: Any) -> bool:
-    """Whether the samplers do better without the VAE: it changes nothing, and in pixels they have closed forms for the operator."""
-    return works_on_pixels(vae) and operator.exact
-
-
 def latent_size(vae: Any, in_shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """(channels, height, width) of the latent whose decoded picture has shape in_shape; refuse a size no latent has."""
     check_vae(vae)
@@ -116,7 +111,7 @@ def check_sizes(x: Tensor, measurement: Any, vae: Any) -> None:
                 f"vae: is not connected to the sampler node, and latent_image, {tuple(x.shape[1:])} (channels, height, width), is not a "
                 f"picture of pixels, {expected}, which a model without a VAE works on. Connect the VAE"
             )
-        wanted = f"the measurement needs {expected}. Take the latent from the Start Latent node"
+        wanted = f"the measurement needs {expected}. Take the latent from a Start Latent node with the sampler's VAE"
         raise ValueError(f"latent_image: got {tuple(x.shape[1:])} (channels, height, width), but {wanted}")
     if len(measurement.y) not in (1, len(x)):
         raise ValueError(f"latent_image: got a batch of {len(x)} for a measurement of {len(measurement.y)}; they must be equal")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...samplers import State, measured
 from . import guard
-from .codec import Codec, check_sizes, check_vae, needless
+from .codec import Codec, check_sizes, check_vae, works_on_pixels
 from .faults import (
     Course,
     MainMemoryFull,
@@ -99,7 +99,7 @@ def run_on_host(
     if vae is not None:
         check_vae(vae, guider.inner_model.latent_format)
     check_sizes(x, measurement, vae)
-    if needless(vae, measurement.operator):
+    if works_on_pixels(vae) and (network_gradient or measurement.operator.exact):  # PSLD needs no closed form
         vae = None
     readout = Readout(unique_id, residual_scale(measurement), measurement.sigma / 2, [] if notes is None else notes)
     plan = Plan() if plan is None else plan
