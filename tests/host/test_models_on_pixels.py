@@ -113,7 +113,7 @@ def test_a_blur_without_a_closed_form(pixels: OnPixels) -> None:
     make = partial(pixels.nodes.samplers.SamplerCPiGDM.execute, measurement, "decoder", 2, 100, vae=pixels.vae)
     latent = pixels.sample(make(WEIGHTS[0]).args[0])
     entries = measurement.y.numel()
-    # An untrained network's x0 is anywhere and counts, too; without steps towards the photo it is at 100 times the noise.
+    # An untrained network's x0 is anywhere, and counts too.
     assert float(measurement.residual_norm(latent.double())) < 6 * measurement.sigma * entries**0.5
     assert pixels.restore(measurement)[0].shape == truth.shape
     weight = {"weight": "paper", "w": 2.0, "jacobian": "vp", "eta": 0.0}
