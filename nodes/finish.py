@@ -64,7 +64,7 @@ class Finish(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image: Tensor, measurement: Measurement, error: float = 0.0, feather: float = FEATHER) -> io.NodeOutput:
+    def execute(cls, image: Tensor, measurement: Measurement, error: float, feather: float = FEATHER) -> io.NodeOutput:
         x = check_result("image", image, measurement)
         finished, rms, text = finish(x, measurement, error, feather)
         return io.NodeOutput(finished, rms, ui=shown(cls, finished, text=text))
