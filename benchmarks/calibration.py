@@ -64,6 +64,8 @@ def main() -> None:
     parser.add_argument("--tasks", default="box,free_form,stripes,downscale_8,grayscale")
     parser.add_argument("--methods", default="cpigdm_10,cpigdm:eta=1.0_10")
     given = parser.parse_args()
+    if given.samples < 9:
+        parser.error(f"--samples: got {given.samples}, expected at least 9; fewer have no tenth and no ninetieth percentile")
     torch.set_num_threads(1)
     prior = Prior(pixels=False)
     lines = [

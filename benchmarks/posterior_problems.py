@@ -12,7 +12,7 @@ from torch import Tensor
 from operators import AreaDownscale, Dense, LinearOperator, Mask, Measurement, gaussian_kernel
 from operators.separable import Separable, convolution_matrix
 from samplers import fill_unseen, sample_cpigdm
-from samplers.latent_consistency import measured_entries
+from samplers.pixels import measured_entries
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden"
 TRUTHS, EXACT = 12, 1024

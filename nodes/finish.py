@@ -87,9 +87,10 @@ def finish(x: Tensor, measurement: Measurement, error: float = 0.0, feather: flo
         ValueError: the measurement cannot be met exactly and claims no noise, or only by a picture beyond all bounds.
     """
     measurement = host.stoppable(measurement, torch.float64)
+    photos = single(measurement)
+    # Of combined photos each must agree: what one of them leaves is not to be averaged with the others.
+    read = None if len(photos) == 1 else USUAL
     try:
-        # Of combined photos each must agree: what one of them leaves is not to be averaged with the others.
-        read = None if len(single(measurement)) == 1 else USUAL
         agreed = enforce_consistency(x, measurement, 2 * error or read)
     except ConvergenceError as fault:
         raise ValueError(
@@ -105,7 +106,7 @@ def finish(x: Tensor, measurement: Measurement, error: float = 0.0, feather: flo
             f"measurement: to agree with this photo as far as its sigma says, {measurement.sigma / 2:.2g}, the picture would need values of up to "
             f"{largest:.2g}. Give its Measurement node a larger sigma: 0.002 stands for the rounding of an 8-bit photo, 0.01 for a JPEG"
         )
-    lines, worst, photos = [], 0.0, single(measurement)
+    lines, worst = [], 0.0
     found = [[compared(photo.operator.A(v), photo) for v in (x, to_signal("image", finished))] for photo in photos]
     for i in range(len(x)):
         for k, (before, after) in enumerate(found):

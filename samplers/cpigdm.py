@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_choices, check_common
-from .latent_consistency import closer, match_by_decoder, match_by_encoder, measured_entries, spread_of
+from .latent_consistency import closer, match_by_decoder, match_by_encoder, spread_of
+from .pixels import measured_entries
 from .steps import Autoencoder, ddim_step, noise_sampler, per_image, vjp
 from .weights import Bayes, Paper, Weight, over_compensated, psi, pull
 

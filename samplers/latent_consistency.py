@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pixels import ROUNDING, measured
+from .pixels import ROUNDING, USUAL
 from .steps import Autoencoder, per_image, vjp
 
 DOUBT = 0.3  # of a network's x0 where sigma is small, in latents of unit variance; chosen on the demo prior
@@ -15,11 +15,6 @@ def spread_of(sigma: Tensor) -> float:
     """Standard deviation of the truth's latent around the network's x0 at a noise level, for latents of unit variance."""
     s = float(sigma)
     return (s * s / (1 + s * s) + DOUBT**2) ** 0.5
-
-
-def measured_entries(measurement: Any) -> Tensor:
-    """How many values of y measure anything, (B,)."""
-    return measured(measurement.operator, measurement.y).flatten(1).sum(1)
 
 
 def match_by_decoder(
@@ -100,7 +95,7 @@ def match_by_encoder(z: Tensor, measurement: Any, autoencoder: Autoencoder, step
     The first four arguments and what it returns are as for `match_by_decoder`.
     """
     operator, y = measurement.operator, measurement.y
-    gamma = (0.1 / max(measurement.sigma, ROUNDING)) ** 2
+    gamma = (USUAL / max(measurement.sigma, ROUNDING)) ** 2
     fit = None
     for _ in range(steps):
         image = autoencoder.decode(z)

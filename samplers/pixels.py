@@ -48,6 +48,11 @@ def measured(operator: Any, y: Tensor) -> Tensor:
     return (reached > 8 * torch.finfo(y.dtype).eps * reached.max()).to(y)
 
 
+def measured_entries(measurement: Any) -> Tensor:
+    """How many values of y measure anything, (B,)."""
+    return measured(measurement.operator, measurement.y).flatten(1).sum(1)
+
+
 def expected_error(x: Tensor, measurement: Any) -> Tensor:
     """The error of x that explains how far A x is from y: its standard deviation, (B,), in [-1, 1] units.
 
@@ -57,9 +62,8 @@ def expected_error(x: Tensor, measurement: Any) -> Tensor:
         x: (B, C, H, W) in [-1, 1].
         measurement: `y` (1 or B, c, h, w), `operator`, `sigma`.
     """
-    operator, y = measurement.operator, measurement.y.expand(len(x), -1, -1, -1)
-    entries = measured(operator, y).flatten(1).sum(1)
-    excess = (y - operator.A(x)).square().flatten(1).sum(1) - entries * measurement.sigma**2
+    operator = measurement.operator
+    excess = measurement.residual_norm(x) ** 2 - measured_entries(measurement) * measurement.sigma**2
     draw = torch.randn(operator.in_shape, generator=torch.Generator().manual_seed(0)).to(x)
     trace = operator.A(draw.expand(x.shape).contiguous()).square().flatten(1).sum(1)
     return (excess.clamp(min=0) / torch.where(trace == 0, 1.0, trace)).sqrt()
@@ -85,24 +89,12 @@ def enforce_consistency(x: Tensor, measurement: Any, error: float | None = None,
         ValueError: noise-free, and meeting y exactly would amplify the rounding of an 8-bit photo into the picture.
     """
     operator, y = measurement.operator, measurement.y.expand(len(x), -1, -1, -1)
-    if measurement.sigma > 0 and error is not None:
-        return operator.prox_l2(x, y, (error / measurement.sigma) ** 2)
     if measurement.sigma > 0:
-        errors, goals = expected_error(x, measurement), measurement.sigma * measured(operator, y).flatten(1).sum(1).sqrt()
-        images = []
-        for i, (own, goal) in enumerate(zip(errors.clamp(max=USUAL).tolist(), goals.tolist(), strict=True)):
-            one, of = operator.select(i), y[i : i + 1]
-            while True:
-                image = one.prox_l2(x[i : i + 1], of, (own / measurement.sigma) ** 2)
-                if own in (0.0, USUAL) or float((one.A(image) - of).norm()) <= goal:
-                    break
-                own = min(2 * own, USUAL)
-            images.append(image)
-        return torch.cat(images)
+        return _as_it_needs(x, measurement) if error is None else operator.prox_l2(x, y, (error / measurement.sigma) ** 2)
     exact = x + operator.A_dagger(y - operator.A(x))
     # A blur's inverse has gains of up to 1e6: a y that was rounded to 8 bits then moves x by far more than it would if the
     # rounding were taken into account.
-    careful = operator.prox_l2(x, y, (0.1 / ROUNDING) ** 2)
+    careful = operator.prox_l2(x, y, (USUAL / ROUNDING) ** 2)
     moved, due = ((v - x).square().mean((1, 2, 3)).sqrt() for v in (exact, careful))
     if bool((moved > (4 * due).clamp(min=0.05)).any()):
         raise ValueError(
@@ -116,6 +108,20 @@ def enforce_consistency(x: Tensor, measurement: Any, error: float | None = None,
             break
         x = inside + operator.A_dagger(y - operator.A(inside))
     return x
+
+
+def _as_it_needs(x: Tensor, measurement: Any) -> Tensor:
+    """`enforce_consistency` with noise, each picture with the error that its residual tells, raised until it agrees."""
+    goals = measurement.sigma * measured_entries(measurement).sqrt().expand(len(x))
+    images = []
+    for i, error in enumerate(expected_error(x, measurement).clamp(max=USUAL).tolist()):
+        operator, y = measurement.operator.select(i), measurement.y.expand(len(x), -1, -1, -1)[i : i + 1]
+        image = operator.prox_l2(x[i : i + 1], y, (error / measurement.sigma) ** 2)
+        while 0 < error < USUAL and float((operator.A(image) - y).norm()) > goals[i]:
+            error = min(2 * error, USUAL)
+            image = operator.prox_l2(x[i : i + 1], y, (error / measurement.sigma) ** 2)
+        images.append(image)
+    return torch.cat(images)
 
 
 def feather_holes(x: Tensor, agreed: Tensor, keep: Tensor, width: float) -> Tensor:

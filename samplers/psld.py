@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_choices, check_common
-from .latent_consistency import closer, match_by_decoder, measured_entries, spread_of
+from .latent_consistency import closer, match_by_decoder, spread_of
+from .pixels import measured_entries
 from .steps import Autoencoder, ddim_step, noise_sampler, per_image, vjp
 
 GLUES, RULES = ("pinv", "adjoint", "goodness"), ("paper", "line_search")

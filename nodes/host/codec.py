@@ -12,7 +12,7 @@ from .internals import without
 from .readout import throw_if_interrupted
 from .recompute import recomputed
 
-# Pixels: a multiple of the patches that ComfyUI's models on pixels cut a picture into; it pads others from the opposite edge.
+# Pixels: ComfyUI's models on pixels cut a picture into patches, of 16 in PixelDiT, and pad what does not fit from the opposite edge.
 PATCH = 32
 
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from operators import AreaDownscale, Identity, Measurement
 from operators.base import LinearOperator
-from samplers.latent_consistency import _ratio, match_by_decoder, measured_entries, spread_of
+from samplers.latent_consistency import _ratio, match_by_decoder, spread_of
+from samplers.pixels import measured_entries
 
 
 class Nearest:
