@@ -257,7 +257,8 @@ def ddnm(prior: Prior, measurement: Measurement, calls: int, seed: int, share: f
     """DDNM (Wang et al., ICLR 2023): x0 takes its seen part from the photo; with noise DDNM+, by singular directions.
 
     In the next x each direction's fresh noise, sigma_next * share in all, is partly the photo's own, sigma_y / s: x0 takes as
-    much of A^+ (y - A x0) as has room in it (their Lambda), and the rest is drawn.
+    much of A^+ (y - A x0) as has room in it (their Lambda), and the rest is drawn. The photo's noise, unlike drawn noise, is the
+    same in every step: it adds up in directions that the operator nearly loses, and behind a blur the published rule is noisy.
     """
     operator, y, spread = measurement.operator, measurement.y, measurement.sigma
     x, sigmas = prior.start(len(y), seed), prior.sigmas(calls)

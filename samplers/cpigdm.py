@@ -105,7 +105,7 @@ def sample_cpigdm(
         raise ValueError(f'lam: got {lam} with integrator {integrator!r}; it belongs to "conjugate"')
     pixels = autoencoder is None
     if not pixels:
-        space: Space = Latents(measurement, autoencoder, consistency, inner_steps, last_steps)
+        space: Space = Latents(measurement, autoencoder, consistency, inner_steps, last_steps, tau or 1.0)
     else:
         space = NoisyPixels(measurement) if measurement.sigma > 0 else ExactPixels(measurement)
     if weight == "dual":
@@ -124,7 +124,8 @@ def sample_cpigdm(
             x0 = model(seen, sigma.expand(len(x)), **extra_args)
         with torch.no_grad():
             denoised = x0.detach()
-            innovation, fit = space.innovation(denoised, levels[i], last=bool(sigma_next == 0))
+            prior_mean = method.untilted(denoised, levels[i])
+            innovation, fit = space.innovation(denoised, prior_mean, levels[i], last=bool(sigma_next == 0))
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised, "residual": fit})
             target, change = method.step(seen, x0, innovation, levels[i], levels[i + 1])
@@ -161,12 +162,20 @@ class Dual:
     def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
         return x.clone() if self.shift is None else x + sigma**2 * self.shift
 
+    def variance(self, sigma: Tensor) -> Tensor:
+        """r^2"""
+        return 1 / (1 / sigma**2 + self.tau**-2)
+
+    def untilted(self, x0: Tensor, sigma: Tensor) -> Tensor:
+        """What the network would say without nu, to first order: x0 holds what the steps before learnt of y."""
+        return x0 if self.shift is None else x0 - self.variance(sigma).to(x0) * self.shift
+
     def step(
         self, seen: Tensor, x0: Tensor, innovation: Tensor, sigma: Tensor, sigma_next: Tensor
     ) -> tuple[Tensor, Tensor | float]:
         """x0c, and 0. innovation: of x0."""
         space, s, t = self.space, sigma, sigma_next
-        variance, n = 1 / (1 / s**2 + self.tau**-2), space.noise**2
+        variance, n = self.variance(s), space.noise**2
         nu = torch.zeros_like(innovation) if self.nu is None else self.nu
         # Latents within the noise do not move. Their constraint is not active then, and its multiplier is 0.
         nu = nu * per_image(innovation.flatten(1).any(1), nu)
@@ -191,6 +200,9 @@ class Guidance:
 
     def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
         return x.clone()
+
+    def untilted(self, x0: Tensor, sigma: Tensor) -> Tensor:
+        return x0
 
     def step(self, seen: Tensor, x0: Tensor, innovation: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
         """x0, and what to add after the DDIM step from it."""
@@ -239,7 +251,7 @@ class NoisyPixels:
         self.operator, self.y, self.noise = measurement.operator, measurement.y, measurement.sigma
         self.top = self.operator.norm() ** 2
 
-    def innovation(self, x0: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         """What the measurement says of x0, and ||A x0 - y||, (B,)."""
         residual = self.y - self.operator.A(x0)
         return residual, torch.linalg.vector_norm(residual.flatten(1), dim=1)
@@ -266,7 +278,7 @@ class ExactPixels:
     def __init__(self, measurement: Any) -> None:
         self.operator, self.y = measurement.operator, measurement.y
 
-    def innovation(self, x0: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         residual = self.y - self.operator.A(x0)
         return self.operator.A_dagger(residual), torch.linalg.vector_norm(residual.flatten(1), dim=1)
 
@@ -289,15 +301,24 @@ class Latents:
 
     noise, top = 0.0, 1.0
 
-    def __init__(self, measurement: Any, autoencoder: Autoencoder, consistency: str, inner_steps: int, last_steps: int) -> None:
+    def __init__(
+        self,
+        measurement: Any,
+        autoencoder: Autoencoder,
+        consistency: str,
+        inner_steps: int,
+        last_steps: int,
+        tau: float,
+    ) -> None:
         self.measurement, self.autoencoder, self.consistency = measurement, autoencoder, consistency
-        self.inner_steps, self.last_steps = inner_steps, last_steps
+        self.inner_steps, self.last_steps, self.tau = inner_steps, last_steps, tau
         self.entries = measured_entries(measurement)
 
-    def innovation(self, x0: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         steps = self.last_steps if last else self.inner_steps
         if self.consistency == "decoder":
-            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, self.entries, spread_of(sigma))
+            near = (prior_mean, spread_of(sigma, self.tau))
+            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, self.entries, near)
         else:
             target, fit = match_by_encoder(x0, self.measurement, self.autoencoder, steps)
         if last:

@@ -11,19 +11,24 @@ from .steps import Autoencoder, per_image, vjp
 DOUBT = 0.3  # of a network's x0 where sigma is small, in latents of unit variance; chosen on the demo prior
 
 
-def spread_of(sigma: Tensor) -> float:
-    """Standard deviation of the truth's latent around the network's x0 at a noise level, for latents of unit variance."""
+def spread_of(sigma: Tensor, tau: float = 1.0) -> float:
+    """Standard deviation of the truth's latent around the network's x0 at a noise level; tau: that of all latents."""
     s = float(sigma)
-    return (s * s / (1 + s * s) + DOUBT**2) ** 0.5
+    return (s**2 / (1 + (s / tau) ** 2) + DOUBT**2) ** 0.5
 
 
 def match_by_decoder(
-    z: Tensor, measurement: Any, autoencoder: Autoencoder | None, steps: int, entries: Tensor, spread: float = float("inf")
+    z: Tensor,
+    measurement: Any,
+    autoencoder: Autoencoder | None,
+    steps: int,
+    entries: Tensor,
+    prior: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Move z towards A D(z) = y by conjugate gradients on ||A D(z) - y||^2 / 2, at most until the residual is that of the noise.
 
-    With noise the start counts too: the steps then minimise ||A D(z) - y||^2 / sigma^2 + ||z - start||^2 / spread^2. A decoder
-    draws no picture exactly, so that noise would have to make up for the rest of the residual.
+    With noise a prior counts too: the steps then minimise ||A D(z) - y||^2 / sigma^2 + ||z - mean||^2 / spread^2. A decoder draws
+    no picture exactly, so that without it noise would have to make up for the rest of the residual.
 
     Each step decodes twice and takes one vjp of the decoder: the gradient, and A J d for the exact line search of the linearised
     decoder. The step that would go below sigma sqrt(m) ends on it (discrepancy principle).
@@ -34,7 +39,7 @@ def match_by_decoder(
         autoencoder: only D is used; None is pixel space, D = I.
         steps: at most this many.
         entries: m of each image, (B,).
-        spread: standard deviation of z around the truth's, in latents of unit variance.
+        prior: mean, like z, and standard deviation of the truth's latent, before y is seen.
 
     Returns:
         The latents, (B, c, h, w), detached, and ||A D(z) - y|| before the first step, (B,).
@@ -45,7 +50,8 @@ def match_by_decoder(
     move = max(0.01, torch.finfo(getattr(autoencoder, "dtype", z.dtype)).eps ** 0.5)
     fit = None
     goal = measurement.sigma**2 * entries
-    start = z = z.detach()
+    z = z.detach()
+    mean, spread = (z, float("inf")) if prior is None else prior
     damping = (measurement.sigma / spread) ** 2
     # No step is longer than four times z itself, or unit variance: the line search knows no bound where the decoder hardly reacts,
     # as one does that a network gone astray has saturated.
@@ -57,7 +63,7 @@ def match_by_decoder(
             seen = operator.A(decode(z))
             residual = (y - seen).detach()
             fit = residual.flatten(1).norm(dim=1) if fit is None else fit
-            descent = vjp(seen, z, residual) - damping * (z.detach() - start)
+            descent = vjp(seen, z, residual) - damping * (z.detach() - mean)
         with torch.no_grad():
             z, seen = z.detach(), seen.detach()
             # Polak and Ribiere's choice, which starts anew where the decoder's curvature has spoilt the old direction.
@@ -71,7 +77,7 @@ def match_by_decoder(
             best = (_dot(residual, slope) / curve).clamp(min=0)
             excess = (_dot(residual, residual) - goal).clamp(min=0) / curve
             length = best - (best**2 - excess).clamp(min=0).sqrt()
-            damped = _dot(residual, slope) - damping * _dot(z - start, direction)
+            damped = _dot(residual, slope) - damping * _dot(z - mean, direction)
             length = torch.minimum(length, (damped / (curve + damping * size**2)).clamp(min=0))
             length = torch.minimum(length, longest / size)
             z = z + per_image(length, z) * direction

@@ -158,8 +158,8 @@ class LineSearch:
         """What to add to x after the move to sigma_next, (B, c, h, w), and ||A D(z0) - y||, (B,)."""
         last = not x.requires_grad
         steps = self.last_steps if last else self.inner_steps
-        spread = float("inf") if self.autoencoder is None else spread_of(sigma)
-        target, fit = match_by_decoder(z0, self.measurement, self.autoencoder, steps, self.entries, spread)
+        prior = None if self.autoencoder is None else (z0.detach(), spread_of(sigma))
+        target, fit = match_by_decoder(z0, self.measurement, self.autoencoder, steps, self.entries, prior)
         if last:
             with torch.no_grad():
                 return closer(target, z0, fit, self.measurement, self.autoencoder) - z0, fit

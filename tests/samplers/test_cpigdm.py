@@ -12,8 +12,9 @@ from support.analytic import GaussianMixture, gaussian
 from support.mixture import Mixture, energy_distance, karras
 from torch import Tensor
 
-from operators import AreaDownscale, Blur, Dense, Mask, Measurement, gaussian_kernel
+from operators import AreaDownscale, Blur, Dense, Identity, Mask, Measurement, gaussian_kernel
 from samplers import fill_unseen, sample_cpigdm
+from samplers.cpigdm import Dual, ExactPixels
 from samplers.steps import ancestral_split
 
 F64 = torch.float64
@@ -271,6 +272,19 @@ def test_the_tilt_stays_within_reach() -> None:
     lengths = torch.stack([(a - b).square().mean((1, 2, 3)).sqrt() for a, b in zip(inputs, states, strict=True)])
     torch.testing.assert_close(lengths[0], torch.zeros(2, dtype=F64))
     torch.testing.assert_close(lengths[1:], 0.25 * SIGMAS[1:-1, None].expand(-1, 2), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("tau", [0.5, 2.0])
+def test_what_the_network_would_say_without_the_tilt(tau: float) -> None:
+    """Exact for a Gaussian prior of that deviation."""
+    mean, x, shift = (torch.randn(1, *SHAPE, dtype=F64, generator=generator(seed)) for seed in (4, 5, 6))
+    model, sigma = gaussian(mean, tau**2), torch.tensor(1.5, dtype=F64)
+    dual = Dual(ExactPixels(Measurement(x, Identity(SHAPE))), tau, 2.0)
+    assert torch.equal(dual.untilted(x, sigma), x)
+    dual.shift = shift
+    tilted = model(dual.network_input(x, sigma), sigma.expand(1))
+    assert float((tilted - model(x, sigma.expand(1))).abs().max()) > 0.1
+    torch.testing.assert_close(dual.untilted(tilted, sigma), model(x, sigma.expand(1)))
 
 
 @pytest.mark.parametrize(

@@ -59,21 +59,23 @@ def test_nothing_to_do() -> None:
     assert after == before == 0
 
 
-def test_with_noise_the_start_counts_too() -> None:
-    """Steps without end lead to the mean of z ~ N(start, spread^2) given y; not to the best fit, which takes in noise."""
+@pytest.mark.parametrize("apart", [0.0, 1.0])
+def test_with_noise_a_prior_counts_too(apart: float) -> None:
+    """Steps without end lead to the mean of z ~ N(mean, spread^2) given y; not to the best fit, which takes in noise."""
     g = torch.Generator().manual_seed(0)
-    z = torch.randn(2, 4, 4, 4, generator=g, dtype=torch.float64)
+    mean = torch.randn(2, 4, 4, 4, generator=g, dtype=torch.float64)
     y = torch.randn(2, 3, 32, 32, generator=g, dtype=torch.float64)  # no latent comes near: the discrepancy principle stays out
     measurement, spread = Measurement(y, Identity((3, 32, 32)), 0.8), 0.1
     decoder = Nearest()
-    out, _ = match_by_decoder(z, measurement, decoder, 40, measured_entries(measurement), spread)
     colours = decoder.COLOURS.double()
     inner = 64 * colours @ colours.T + torch.eye(4, dtype=torch.float64) * (0.8 / spread) ** 2
-    back = torch.einsum("bdhw,cd->bchw", 64 * torch.nn.functional.avg_pool2d(y - decoder.decode(z), 8), colours)
-    expected = z + torch.einsum("ce,behw->bchw", torch.linalg.inv(inner), back)
+    back = torch.einsum("bdhw,cd->bchw", 64 * torch.nn.functional.avg_pool2d(y - decoder.decode(mean), 8), colours)
+    expected = mean + torch.einsum("ce,behw->bchw", torch.linalg.inv(inner), back)
+    z = mean - apart * (expected - mean)
+    out, _ = match_by_decoder(z, measurement, decoder, 40, measured_entries(measurement), (mean, spread))
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
     free, _ = match_by_decoder(z, measurement, decoder, 40, measured_entries(measurement))
-    assert float((free - z).norm()) > 2 * float((out - z).norm())
+    assert float((free - mean).norm()) > 2 * float((out - mean).norm())
 
 
 def test_how_far_the_network_may_be_off() -> None:
@@ -82,3 +84,5 @@ def test_how_far_the_network_may_be_off() -> None:
     assert spreads[0] == pytest.approx((1 + spreads[2] ** 2) ** 0.5, rel=1e-5)
     assert spreads[1] == pytest.approx((0.5 + spreads[2] ** 2) ** 0.5)
     assert spreads[2] == pytest.approx(0.3)
+    assert spread_of(torch.tensor(2.0), tau=0.5) == pytest.approx((4 / 17 + 0.3**2) ** 0.5)
+    assert spread_of(torch.tensor(2.0), tau=float("inf")) == pytest.approx((4 + 0.3**2) ** 0.5)
