@@ -16,10 +16,11 @@ export COMFYUI_VERSION := $(HOST)
 parts = tests/host tests/server
 endif
 
-.PHONY: demo test test-full serve bench checkpoint train-prior python help
+.PHONY: demo readme test test-full serve bench checkpoint train-prior python help
 
 help:
 	@echo "make demo        restore the shipped pictures through the real ComfyUI; results in output/"
+	@echo "make readme      the same, and its pictures and numbers, with those of benchmarks/quality.py, into README.md"
 	@echo "make test        the whole suite against the real ComfyUI; HOST=0.16.3 for what touches it, on an older one"
 	@echo "make test-full   the counts that take long, too; in two processes; reports in tests/report-*.md"
 	@echo "make serve       start ComfyUI with the pack and its templates; PORT=8200 for a port of your own"
@@ -30,6 +31,9 @@ help:
 
 demo:
 	@$(env) dev/demo.py
+
+readme: demo
+	@$(env) dev/make_readme.py
 
 # Two processes for two cores; what the first says comes after what the second does. A shell starts what is in the background deaf
 # to Ctrl-C: a SIGTERM ends both instead, as Ctrl-C would, so that the tests stop the servers they have started.
