@@ -20,7 +20,7 @@ endif
 
 help:
 	@echo "make demo        restore the shipped pictures through the real ComfyUI; results in output/"
-	@echo "make readme      the same, and its pictures and numbers, with those of benchmarks/quality.py, into README.md"
+	@echo "make readme      the same, and bring the picture and the numbers of README.md up to date"
 	@echo "make test        the whole suite against the real ComfyUI; HOST=0.16.3 for what touches it, on an older one"
 	@echo "make test-full   the counts that take long, too; in two processes; reports in tests/report-*.md"
 	@echo "make serve       start ComfyUI with the pack and its templates; PORT=8200 for a port of your own"
@@ -32,7 +32,7 @@ help:
 demo:
 	@$(env) dev/demo.py
 
-readme: demo
+readme:
 	@$(env) dev/make_readme.py
 
 # Two processes for two cores; what the first says comes after what the second does. A shell starts what is in the background deaf

@@ -17,7 +17,6 @@ so that 1 is right and what the sampler itself reached can be seen. Seconds are 
 import argparse
 import ast
 import csv
-import hashlib
 import os
 import pathlib
 import sys
@@ -47,10 +46,10 @@ from benchmarks.quality_methods import (  # noqa: E402
     Method,
     Prior,
     Tasks,
+    weights_id,
 )
 from benchmarks.quality_report import plots, table  # noqa: E402
 from operators import Blur, Mask, Measurement  # noqa: E402
-from prior import networks  # noqa: E402
 from prior.draw import VALIDATION_SEED, draw  # noqa: E402
 from samplers import enforce_consistency  # noqa: E402
 
@@ -151,12 +150,6 @@ def rows(
             "calls": calls,
             "seconds": f"{seconds:.3f}",
         }
-
-
-def weights_id(pixels: bool) -> str:
-    """Of all networks that the rows depend on."""
-    files = [networks.WEIGHTS, networks.PIXEL_WEIGHTS] if pixels else [networks.WEIGHTS]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def read(path: pathlib.Path) -> list[dict[str, str]]:

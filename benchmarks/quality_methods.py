@@ -1,5 +1,6 @@
 """What quality.py compares: tasks and methods on the demo prior's latents and on its sibling's pixels."""
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable
@@ -101,6 +102,12 @@ class Prior:
         if pictures.shape[-1] != SHAPE[-1]:
             pictures = torch.nn.functional.interpolate(pictures, size=SHAPE[1:], mode="bicubic", align_corners=False)
         return self.autoencoder.encode(pictures)
+
+
+def weights_id(pixels: bool) -> str:
+    """Of all networks that the rows depend on."""
+    files = [networks.WEIGHTS, networks.PIXEL_WEIGHTS] if pixels else [networks.WEIGHTS]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 # Without a diffusion prior ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""`make readme`: the README's picture grid and numbers, from the demo's run just before and from the rows of benchmarks/quality.py.
+"""`make readme`: runs the demo, and brings the README's picture and numbers up to date.
 
-Replaces docs/demo.png and what stands between <!-- demo --> or <!-- quality --> and its end mark. Restores nothing itself.
+Replaces docs/demo.png and what stands between <!-- demo --> or <!-- quality --> and its end mark. The quality table is that of
+the rows in benchmarks/results/quality.csv of the shipped weights, which `benchmarks/quality.py` measures in hours.
 """
 
 import csv
@@ -11,9 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks.quality import RESULTS, weights_id  # noqa: E402
-from benchmarks.quality_methods import DENOISE_SIGMA  # noqa: E402
+from benchmarks.quality_methods import DENOISE_SIGMA, weights_id  # noqa: E402
+from benchmarks.quality_report import mean_and_error  # noqa: E402
 
+ROWS = ROOT / "benchmarks" / "results" / "quality.csv"
 SIGMA = 0.02
 TASKS = {
     "downscale_4": "x4 super-resolution",
@@ -30,57 +32,72 @@ TASKS = {
 METHODS = {
     "baseline_0": "baseline",
     "decoder_only_0": "decoder only",
-    "latent_dps_100": "latent DPS, 100",
-    "psld_paper_50": "PSLD paper, 50",
-    "psld_paper_100": "100",
-    "psld_paper_250": "250",
-    "psld_line_search_20": "PSLD line search, 20",
-    "psld_line_search_50": "50",
-    "cpigdm_5": "C-PiGDM, 5",
-    "cpigdm_10": "10",
-    "cpigdm_20": "20",
+    "latent_dps_100": "latent DPS 100",
+    "psld_paper_50": "PSLD paper 50",
+    "psld_paper_100": "PSLD paper 100",
+    "psld_paper_250": "PSLD paper 250",
+    "psld_line_search_20": "PSLD line search 20",
+    "psld_line_search_50": "PSLD line search 50",
+    "cpigdm_5": "C-PiGDM 5",
+    "cpigdm_10": "C-PiGDM 10",
+    "cpigdm_20": "C-PiGDM 20",
 }
 
 
 def quality() -> str:
-    """PSNR by task and method, over the pictures that all of them have."""
+    """PSNR by task and method, over the pictures that all of them have; methods not measured on every task are left out."""
     weights = weights_id(pixels=False)
-    with (RESULTS / "quality.csv").open(newline="") as file:
+    with ROWS.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["weights"] == weights and row["split"] == "validate"]
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         if float(row["sigma"]) == (DENOISE_SIGMA if row["task"] == "denoise" else SIGMA):
             found.setdefault((row["task"], row["method"]), {})[row["picture"]] = float(row["psnr"])
     methods = [method for method in METHODS if all((task, method) in found for task in TASKS)]
+    if missing := [METHODS[method] for method in METHODS if method not in methods]:
+        print(f"not measured on every task with these weights, left out: {', '.join(missing)}", file=sys.stderr)
     common = set.intersection(*(set(found[task, method]) for task in TASKS for method in methods)) if methods else set()
-    if not common:
-        sys.exit(
-            "benchmarks/results/quality.csv has no picture that every task and method was measured on; run benchmarks/quality.py"
-        )
+    if len(common) < 2:
+        sys.exit(f"{ROWS} has no two pictures that a method was measured on with every task; run benchmarks/quality.py")
+    cells = {key: mean_and_error([of[i] for i in sorted(common)]) for key, of in found.items() if key[1] in methods}
+    error = sum(spread for _, spread in cells.values()) / len(cells)
     lines = [
-        f"PSNR in dB on the demo prior, by number of network calls: means over {len(common)} held-out portraits, noise .02.",
+        f"PSNR in dB on the demo prior, by number of network calls: means over {len(common)} held-out portraits, noise .02, with standard",
+        f"errors of about {error:.1f}, much of it shared between methods, as the pictures are the same.",
         "",
+        "| task | " + " | ".join(METHODS[method] for method in methods) + " |",
+        "|---" * (1 + len(methods)) + "|",
     ]
-    lines += ["| task | " + " | ".join(METHODS[method] for method in methods) + " |", "|---" * (1 + len(methods)) + "|"]
     for task, name in TASKS.items():
-        means = [sum(found[task, method][i] for i in common) / len(common) for method in methods]
-        lines.append(f"| {name} | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{cells[task, method][0]:.1f}" for method in methods) + " |")
     return "\n".join(lines)
 
 
 def replaced(text: str, mark: str, block: str) -> str:
-    """The text with another block between the marks."""
+    """The text with another block between the marks.
+
+    Raises:
+        ValueError: a mark is not there, or more than once.
+    """
     start, end = f"<!-- {mark} -->\n", f"\n<!-- end of {mark} -->"
-    before, after = text.split(start)[0], text.split(end)[1]
-    return f"{before}{start}\n{block}\n{end}{after}"
+    for each in (start, end):
+        if text.count(each) != 1:
+            raise ValueError(f"README.md: {each.strip()} is there {text.count(each)} times, expected once")
+    return f"{text.partition(start)[0]}{start}\n{block}\n{end}{text.partition(end)[2]}"
 
 
-def main() -> None:
-    output, readme = ROOT / "output" / "demo", ROOT / "README.md"
-    shutil.copyfile(output / "grid.png", ROOT / "docs" / "demo.png")
-    table = (output / "report.md").read_text().split("\n\n", 2)[2].strip()
-    readme.write_text(replaced(replaced(readme.read_text(), "demo", table), "quality", quality()))
+def main() -> int:
+    import demo  # beside this file; needs the set-up that make does
+
+    if fault := demo.main():
+        return fault
+    readme = ROOT / "README.md"
+    table = (demo.OUTPUT / "report.md").read_text().split("\n\n", 2)[2].strip()
+    text = replaced(replaced(readme.read_text(), "demo", table), "quality", quality())
+    readme.write_text(text)
+    shutil.copyfile(demo.OUTPUT / "grid.png", ROOT / "docs" / "demo.png")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

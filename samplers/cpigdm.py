@@ -71,7 +71,8 @@ def sample_cpigdm(
         autoencoder: E and D, or None for a pixel-space model.
         weight: "dual", see `Dual`; "bayes", Omega = s^2 / (s^2 r^2 + noise^2); "paper", Omega = w rho / (1 + sigma^2).
         w: strength of the paper's weight, >= 0.
-        tau: standard deviation of the prior around its mean, in units of the state. Default 1; for "bayes" in pixels sqrt(0.1).
+        tau: standard deviation of the prior around its mean, in units of the state. Default 1; for "bayes" in pixels sqrt(0.1). With
+            noise, steps through the decoder stay as near to the prior, too. "paper" has no use for it.
         reach: "dual" moves the network's input by at most reach * sigma (rms). Default 2 in pixels, 0.3 in latents.
         eta: fresh noise: 0 is DDIM, 1 is DDPM, more is more, until all noise of a step is fresh, at sigma_next / sigma <=
             sqrt(1 - 1 / eta^2). Default for "dual" 1 in pixels and 2 in latents, else 0. In few steps much fresh noise takes out
@@ -105,7 +106,9 @@ def sample_cpigdm(
         raise ValueError(f'lam: got {lam} with integrator {integrator!r}; it belongs to "conjugate"')
     pixels = autoencoder is None
     if not pixels:
-        space: Space = Latents(measurement, autoencoder, consistency, inner_steps, last_steps, tau or 1.0)
+        space: Space = Latents(
+            measurement, autoencoder, consistency, inner_steps, last_steps, 1.0 if weight == "paper" else tau or 1.0
+        )
     else:
         space = NoisyPixels(measurement) if measurement.sigma > 0 else ExactPixels(measurement)
     if weight == "dual":
@@ -167,7 +170,7 @@ class Dual:
         return 1 / (1 / sigma**2 + self.tau**-2)
 
     def untilted(self, x0: Tensor, sigma: Tensor) -> Tensor:
-        """What the network would say without nu, to first order: x0 holds what the steps before learnt of y."""
+        """What the network would say without nu, were C its covariance: x0 holds what the steps before learnt of y."""
         return x0 if self.shift is None else x0 - self.variance(sigma).to(x0) * self.shift
 
     def step(
@@ -177,8 +180,7 @@ class Dual:
         space, s, t = self.space, sigma, sigma_next
         variance, n = self.variance(s), space.noise**2
         nu = torch.zeros_like(innovation) if self.nu is None else self.nu
-        # Latents within the noise do not move. Their constraint is not active then, and its multiplier is 0.
-        nu = nu * per_image(innovation.flatten(1).any(1), nu)
+        nu = nu * per_image(space.active(self.untilted(x0, s), innovation), nu)
         d = space.gram(innovation - n * nu, lambda values: 1 / (values * variance + n))
         target = x0 + variance.to(x0) * space.adjoint(d)
         if t > 0:
@@ -252,7 +254,10 @@ class NoisyPixels:
         self.top = self.operator.norm() ** 2
 
     def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-        """What the measurement says of x0, and ||A x0 - y||, (B,)."""
+        """What the measurement says of x0, and ||A x0 - y||, (B,).
+
+        prior_mean: of x0 given x without y, like x0; latents stay near it where there is noise.
+        """
         residual = self.y - self.operator.A(x0)
         return residual, torch.linalg.vector_norm(residual.flatten(1), dim=1)
 
@@ -265,6 +270,10 @@ class NoisyPixels:
     def full(self, innovation: Tensor) -> Tensor:
         """The change of x0 that meets y."""
         return self.operator.A_dagger(innovation)
+
+    def active(self, prior_mean: Tensor, innovation: Tensor) -> Tensor:
+        """Whether the constraint y says anything that the prior does not, (B,)."""
+        return torch.ones(len(innovation), device=innovation.device)
 
     def apply(self, x: Tensor, f: Spectral) -> Tensor:
         return self.operator.spectral(x, _wide(f))
@@ -291,13 +300,20 @@ class ExactPixels:
     def full(self, innovation: Tensor) -> Tensor:
         return innovation
 
+    def active(self, prior_mean: Tensor, innovation: Tensor) -> Tensor:
+        return torch.ones(len(innovation), device=innovation.device)
+
     def apply(self, x: Tensor, f: Spectral) -> Tensor:
         part = self.operator.project(x)
         return _at(f, 1.0, x) * part + _at(f, 0.0, x) * (x - part)
 
 
 class Latents:
-    """Latent space: the innovation is a move of z0 towards A D(z) = y, not below the noise."""
+    """Latent space: the innovation is a move of z0 towards A D(z) = y, not below the noise, and near what the prior says.
+
+    Args:
+        tau: standard deviation of the latents around their mean.
+    """
 
     noise, top = 0.0, 1.0
 
@@ -333,6 +349,14 @@ class Latents:
 
     def full(self, innovation: Tensor) -> Tensor:
         return innovation
+
+    def active(self, prior_mean: Tensor, innovation: Tensor) -> Tensor:
+        """Latents within the noise do not move; without the tilt they may not be within it."""
+        moved = innovation.flatten(1).any(1)
+        if bool(moved.all()):
+            return moved
+        fit = self.measurement.residual_norm(self.autoencoder.decode(prior_mean))
+        return moved | (fit > self.measurement.sigma * self.entries.sqrt())
 
     def apply(self, x: Tensor, f: Spectral) -> Tensor:
         return _at(f, 1.0, x) * x

@@ -1,5 +1,6 @@
 """The latent nearby whose picture agrees with the measurement: data consistency where A acts on D(z)."""
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ DOUBT = 0.3  # of a network's x0 where sigma is small, in latents of unit varian
 def spread_of(sigma: Tensor, tau: float = 1.0) -> float:
     """Standard deviation of the truth's latent around the network's x0 at a noise level; tau: that of all latents."""
     s = float(sigma)
-    return (s**2 / (1 + (s / tau) ** 2) + DOUBT**2) ** 0.5
+    return math.hypot(s / math.hypot(1, s / tau), DOUBT * min(tau, 1))
 
 
 def match_by_decoder(
@@ -31,7 +32,8 @@ def match_by_decoder(
     no picture exactly, so that without it noise would have to make up for the rest of the residual.
 
     Each step decodes twice and takes one vjp of the decoder: the gradient, and A J d for the exact line search of the linearised
-    decoder. The step that would go below sigma sqrt(m) ends on it (discrepancy principle).
+    decoder. The step that would cross sigma sqrt(m) ends on it (discrepancy principle), whether it comes from further away or,
+    back to the prior's mean, from nearer to y.
 
     Args:
         z: (B, c, h, w) scaled latents.
@@ -74,9 +76,12 @@ def match_by_decoder(
             probe = move * z[0].numel() ** 0.5 / size
             slope = (operator.A(decode(z + per_image(probe, z) * direction)) - seen) / per_image(probe, seen)
             curve = _dot(slope, slope).clamp(min=1e-30)
-            best = (_dot(residual, slope) / curve).clamp(min=0)
-            excess = (_dot(residual, residual) - goal).clamp(min=0) / curve
-            length = best - (best**2 - excess).clamp(min=0).sqrt()
+            best = _dot(residual, slope) / curve
+            excess = (_dot(residual, residual) - goal) / curve
+            towards = best - (best**2 - excess.clamp(min=0)).clamp(min=0).sqrt()
+            room = (-excess).clamp(min=0)
+            back = _ratio(room, (best**2 + room).sqrt() - best)
+            length = torch.where(best > 0, towards, back)
             damped = _dot(residual, slope) - damping * _dot(z - mean, direction)
             length = torch.minimum(length, (damped / (curve + damping * size**2)).clamp(min=0))
             length = torch.minimum(length, longest / size)

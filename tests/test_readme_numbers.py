@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import pytest
+
 from dev import make_readme
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
 def test_the_table_is_up_to_date() -> None:
-    """`python dev/make_readme.py` writes it."""
+    """`make readme` writes it."""
     assert make_readme.quality() in README.read_text()
 
 
@@ -17,3 +19,11 @@ def test_replacing_twice_is_replacing_once() -> None:
     once = make_readme.replaced(text, "quality", "numbers")
     assert make_readme.replaced(once, "quality", "numbers") == once
     assert make_readme.replaced(once, "quality", make_readme.quality()) == text
+
+
+@pytest.mark.parametrize("mark", ["<!-- quality -->\n", "\n<!-- end of quality -->"])
+def test_no_mark_is_missed(mark: str) -> None:
+    text = README.read_text()
+    for broken in (text.replace(mark, ""), text + mark):
+        with pytest.raises(ValueError, match=r"quality --> is there [02] times, expected once"):
+            make_readme.replaced(broken, "quality", "numbers")

@@ -15,6 +15,8 @@ from operators import AreaDownscale, Measurement
 from prior import networks
 from prior.draw import draw
 from samplers import fill_unseen, sample_cpigdm, sample_psld
+from samplers.cpigdm import Dual
+from samplers.latent_consistency import match_by_decoder, spread_of
 
 F64 = torch.float64
 
@@ -51,7 +53,7 @@ def latent_run(toy: Toy, noise: float, images: int = 4, calls: int = 10, first: 
     y = y + noise * torch.randn(y.shape, dtype=F64, generator=g)
     measurement = Measurement(y[first : first + images], operator, noise)
     start = toy.encode(fill_unseen(measurement)) + 10 * torch.randn(4, 1, 4, 4, dtype=F64, generator=g)[first : first + images]
-    model = gaussian(torch.zeros(1, 1, 4, 4, dtype=F64), 1.0)
+    model = options.pop("model", gaussian(torch.zeros(1, 1, 4, 4, dtype=F64), 1.0))
     out = sample_cpigdm(model, start, karras(calls, 10.0), {"seed": first}, measurement=measurement, autoencoder=toy, **options)
     return SimpleNamespace(z=out, residual=measurement.residual_norm(toy.decode(out)), entries=16)
 
@@ -73,6 +75,53 @@ def test_with_fresh_noise_no_sample_is_further_from_the_photo_than_the_noise(ben
     out = latent_run(Toy(bent), noise, last_steps=30)
     ratio = out.residual / (noise * out.entries**0.5)
     assert ((ratio > 0.7) & (ratio < 1.1)).all(), ratio
+
+
+@pytest.mark.parametrize(("options", "tilted"), [({}, True), ({"weight": "bayes"}, False)], ids=str)
+def test_steps_through_the_decoder_stay_near_what_the_network_says_without_the_tilt(
+    options: dict[str, Any], tilted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the mean of the prior, of deviation tau, given x: what earlier steps learnt of y is not counted again."""
+    seen, tau = [], 0.5
+    model = gaussian(torch.zeros(1, 1, 4, 4, dtype=F64), tau**2)
+
+    def spy(z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        seen.append((z, *arguments[-1]))
+        return match_by_decoder(z, *arguments)
+
+    monkeypatch.setattr("samplers.cpigdm.match_by_decoder", spy)
+    states: list[dict[str, Any]] = []
+    latent_run(Toy(False), 0.1, model=model, tau=tau, reach=10.0, callback=states.append, **options)
+    assert len(seen) == len(states) == 10
+    for (start, mean, spread), state in zip(seen, states, strict=True):
+        sigma = state["sigma"]
+        torch.testing.assert_close(mean, model(state["x"], sigma))
+        assert spread == pytest.approx(spread_of(sigma, tau))
+        assert torch.equal(start, state["denoised"])
+    assert any(float((start - mean).abs().max()) > 0.01 for start, mean, _ in seen) == tilted
+
+
+def test_a_tilt_that_is_needed_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """x0 within the noise is no reason to give it up: without it, x0 may be off."""
+    kept = []
+    step = Dual.step
+
+    def spy(self: Dual, seen: Tensor, x0: Tensor, innovation: Tensor, sigma: Tensor, sigma_next: Tensor) -> Any:
+        before, still = self.nu, ~innovation.flatten(1).any(1)
+        mean = self.untilted(x0, sigma)
+        out = step(self, seen, x0, innovation, sigma, sigma_next)
+        if before is not None and sigma_next > 0 and bool(still.any()):
+            fit = self.space.measurement.residual_norm(self.space.autoencoder.decode(mean))
+            off = fit > self.space.measurement.sigma * self.space.entries.sqrt()
+            active = self.nu.flatten(1).any(1)
+            kept.extend(zip(off[still].tolist(), active[still].tolist(), strict=True))
+        return out
+
+    monkeypatch.setattr(Dual, "step", spy)
+    for noise in (0.1, 0.3, 1.0):
+        latent_run(Toy(False), noise, calls=20)
+    assert (True, True) in kept
+    assert all(off == active for off, active in kept)
 
 
 def test_noise_free_latents_meet_the_measurement() -> None:

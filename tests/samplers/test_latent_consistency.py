@@ -78,11 +78,36 @@ def test_with_noise_a_prior_counts_too(apart: float) -> None:
     assert float((free - mean).norm()) > 2 * float((out - mean).norm())
 
 
+@pytest.mark.parametrize("apart", [0.2, 1.0, 3.0])
+def test_a_start_within_the_noise_goes_back_to_the_prior_until_the_noise_ends(apart: float) -> None:
+    """A tilted network may have gone too far towards y."""
+    g = torch.Generator().manual_seed(0)
+    decoder, mean = Nearest(), torch.randn(2, 4, 4, 4, generator=g, dtype=torch.float64)
+    y = decoder.decode(mean + apart * torch.randn(mean.shape, generator=g, dtype=torch.float64))
+    measurement = Measurement(y, Identity((3, 32, 32)), 0.3)
+    entries = measured_entries(measurement)
+    goal = 0.3 * float(entries[0]) ** 0.5
+    start = mean + 0.95 * (y_latent(decoder, y, mean) - mean)
+    assert float(measurement.residual_norm(decoder.decode(start)).max()) < 0.8 * goal
+    out, _ = match_by_decoder(start, measurement, decoder, 40, entries, (mean, 0.003))
+    expected = measurement.residual_norm(decoder.decode(mean)).clamp(max=goal)
+    torch.testing.assert_close(measurement.residual_norm(decoder.decode(out)), expected, rtol=0.01, atol=0)
+    assert bool(((out - mean).flatten(1).norm(dim=1) < (start - mean).flatten(1).norm(dim=1)).all())
+
+
+def y_latent(decoder: Nearest, y: Tensor, near: Tensor) -> Tensor:
+    """The latent of y that is nearest to another one."""
+    inverse = torch.linalg.pinv(decoder.COLOURS.double())
+    missing = torch.nn.functional.avg_pool2d(y - decoder.decode(near), 8)
+    return near + torch.einsum("bdhw,dc->bchw", missing, inverse)
+
+
 def test_how_far_the_network_may_be_off() -> None:
     """As far as the noise lets it at first, and never less than a rest."""
     spreads = [spread_of(torch.tensor(sigma)) for sigma in (1e3, 1.0, 0.0)]
     assert spreads[0] == pytest.approx((1 + spreads[2] ** 2) ** 0.5, rel=1e-5)
     assert spreads[1] == pytest.approx((0.5 + spreads[2] ** 2) ** 0.5)
     assert spreads[2] == pytest.approx(0.3)
-    assert spread_of(torch.tensor(2.0), tau=0.5) == pytest.approx((4 / 17 + 0.3**2) ** 0.5)
+    assert spread_of(torch.tensor(2.0), tau=0.5) == pytest.approx((4 / 17 + 0.15**2) ** 0.5)
+    assert spread_of(torch.tensor(2.0), tau=1e-200) < 1e-199
     assert spread_of(torch.tensor(2.0), tau=float("inf")) == pytest.approx((4 + 0.3**2) ** 0.5)
