@@ -13,7 +13,7 @@ from . import host
 from .finish import finish
 from .pictures import heat, shown
 from .plot import residual_plot
-from .samplers import LIGHTER, RUN_INPUTS
+from .samplers import LIGHTER, LIGHTER_TEXT, run_inputs
 from .types import CATEGORY, MeasurementType, to_image, to_signal
 
 CALLS = {  # network calls; PSLD's also take a gradient through the network
@@ -106,7 +106,7 @@ class Restore(io.ComfyNode):
                     advanced=True,
                     tooltip="How the noise levels are spaced.",
                 ),
-                *RUN_INPUTS,
+                *run_inputs(LIGHTER_TEXT),
             ],
             outputs=[
                 io.Image.Output("image", tooltip="The restored pictures: all samples of the first photo, then of the next."),

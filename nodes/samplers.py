@@ -10,26 +10,33 @@ from .types import CATEGORY, MeasurementType, to_image
 
 LIGHTER = {"consistency": "encoder"}  # of C-PiGDM, where memory does not suffice for a gradient through the decoder
 
-RUN_INPUTS = [  # of every sampler node; how a run is done, not what comes out
-    io.Combo.Input(
-        "memory",
-        options=["auto", "fastest", "lowest"],
-        default="auto",
-        optional=True,
-        advanced=True,
-        tooltip="How much memory the gradients may take; the result is the same. auto: the quickest way that fits into free memory. "
-        "lowest: computes much of it twice or more, up to twice as slow. Where not even that fits, C-PiGDM goes on with consistency encoder, "
-        "which follows the photo less closely, and says so. The Memory Estimate node shows what each needs.",
-    ),
-    io.Boolean.Input(
-        "check_gradients",
-        default=False,
-        optional=True,
-        advanced=True,
-        tooltip="Before the first step, compare the gradient with finite differences, and stop if a patch on the model or the VAE "
-        "makes it wrong. Costs about as much as two to four steps.",
-    ),
-]
+LIGHTER_TEXT = (
+    "Where not even that fits, C-PiGDM goes on with consistency encoder, which follows the photo less closely, and says so."
+)
+REFUSED_TEXT = "Where not even that fits, an error says what would."
+
+
+def run_inputs(beyond: str) -> list[io.Input]:
+    """Inputs of every sampler node: how a run is done, not what comes out. beyond: what happens where no memory suffices."""
+    return [
+        io.Combo.Input(
+            "memory",
+            options=["auto", "fastest", "lowest"],
+            default="auto",
+            optional=True,
+            advanced=True,
+            tooltip="How much memory the gradients may take; the result is the same. auto: the quickest way that fits into free memory. "
+            f"lowest: computes much of it twice or more, up to twice as slow. {beyond} The Memory Estimate node shows what each needs.",
+        ),
+        io.Boolean.Input(
+            "check_gradients",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="Before the first step, compare the gradient with finite differences, and stop if a patch on the model or the VAE "
+            "makes it wrong. Costs about as much as two to four steps.",
+        ),
+    ]
 
 
 class SamplerPSLD(io.ComfyNode):
@@ -122,7 +129,7 @@ class SamplerPSLD(io.ComfyNode):
                     optional=True,
                     tooltip="The VAE of the model. For a model that works on pixels: pixel_space, from Load VAE.",
                 ),
-                *RUN_INPUTS,
+                *run_inputs(REFUSED_TEXT),
             ],
             outputs=[io.Sampler.Output(tooltip="Connect it to SamplerCustomAdvanced.")],
         )
@@ -256,7 +263,7 @@ class SamplerCPiGDM(io.ComfyNode):
                     optional=True,
                     tooltip="The VAE of the model. For a model that works on pixels: pixel_space, from Load VAE.",
                 ),
-                *RUN_INPUTS,
+                *run_inputs(LIGHTER_TEXT),
             ],
             outputs=[io.Sampler.Output(tooltip="Connect it to SamplerCustomAdvanced.")],
         )
