@@ -89,12 +89,12 @@ def replaced(text: str, mark: str, block: str) -> str:
 def main() -> int:
     import demo  # beside this file; needs the set-up that make does
 
+    readme = ROOT / "README.md"
+    text = replaced(readme.read_text(), "quality", quality())  # before the demo's minutes: it may have no rows
     if fault := demo.main():
         return fault
-    readme = ROOT / "README.md"
     table = (demo.OUTPUT / "report.md").read_text().split("\n\n", 2)[2].strip()
-    text = replaced(replaced(readme.read_text(), "demo", table), "quality", quality())
-    readme.write_text(text)
+    readme.write_text(replaced(text, "demo", table))
     shutil.copyfile(demo.OUTPUT / "grid.png", ROOT / "docs" / "demo.png")
     return 0
 

@@ -180,7 +180,8 @@ class Dual:
         space, s, t = self.space, sigma, sigma_next
         variance, n = self.variance(s), space.noise**2
         nu = torch.zeros_like(innovation) if self.nu is None else self.nu
-        nu = nu * per_image(space.active(self.untilted(x0, s), innovation), nu)
+        if self.nu is not None and t > 0:
+            nu = nu * per_image(space.active(self.untilted(x0, s), innovation), nu)
         d = space.gram(innovation - n * nu, lambda values: 1 / (values * variance + n))
         target = x0 + variance.to(x0) * space.adjoint(d)
         if t > 0:
@@ -338,7 +339,7 @@ class Latents:
         else:
             target, fit = match_by_encoder(x0, self.measurement, self.autoencoder, steps)
         if last:
-            target = closer(target, x0, fit, self.measurement, self.autoencoder)
+            target = closer(target, x0, fit, self.measurement, self.autoencoder, self.entries)
         return target - x0, fit
 
     def gram(self, v: Tensor, h: Spectral) -> Tensor:

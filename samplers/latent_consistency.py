@@ -28,8 +28,9 @@ def match_by_decoder(
 ) -> tuple[Tensor, Tensor]:
     """Move z towards A D(z) = y by conjugate gradients on ||A D(z) - y||^2 / 2, at most until the residual is that of the noise.
 
-    With noise a prior counts too: the steps then minimise ||A D(z) - y||^2 / sigma^2 + ||z - mean||^2 / spread^2. A decoder draws
-    no picture exactly, so that without it noise would have to make up for the rest of the residual.
+    With noise a prior counts too: the steps then minimise ||A D(z) - y||^2 / sigma^2 + ||z - mean||^2 / spread^2, but none moves
+    away from y outside the noise. A decoder draws no picture exactly, so that without the prior noise would have to make up for
+    the rest of the residual.
 
     Each step decodes twice and takes one vjp of the decoder: the gradient, and A J d for the exact line search of the linearised
     decoder. The step that would cross sigma sqrt(m) ends on it (discrepancy principle), whether it comes from further away or,
@@ -89,15 +90,17 @@ def match_by_decoder(
     return z, fit
 
 
-def closer(z: Tensor, start: Tensor, fit: Tensor, measurement: Any, autoencoder: Autoencoder | None) -> Tensor:
-    """z, or for images where that is further from the measurement than the start was, the start.
+def closer(z: Tensor, start: Tensor, fit: Tensor, measurement: Any, autoencoder: Autoencoder | None, entries: Tensor) -> Tensor:
+    """z, or for images where that is further from the measurement than the start was, and than the noise, the start.
 
     Args:
         z, start: (B, c, h, w).
         fit: ||A D(start) - y||, (B,).
+        entries: m of each image, (B,).
     """
     image = z if autoencoder is None else autoencoder.decode(z)
-    return torch.where(per_image(measurement.residual_norm(image) <= fit, z), z, start)
+    near = torch.maximum(fit, 1.001 * measurement.sigma * entries.sqrt())  # steps that end on the noise do so but for rounding
+    return torch.where(per_image(measurement.residual_norm(image) <= near, z), z, start)
 
 
 def match_by_encoder(z: Tensor, measurement: Any, autoencoder: Autoencoder, steps: int) -> tuple[Tensor, Tensor]:

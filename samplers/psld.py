@@ -162,7 +162,7 @@ class LineSearch:
         target, fit = match_by_decoder(z0, self.measurement, self.autoencoder, steps, self.entries, prior)
         if last:
             with torch.no_grad():
-                return closer(target, z0, fit, self.measurement, self.autoencoder) - z0, fit
+                return closer(target, z0, fit, self.measurement, self.autoencoder, self.entries) - z0, fit
         move = self.omega * (target - z0.detach())
         back = vjp(z0, x, move)
         size, length = (v.flatten(1).norm(dim=1) for v in (move, back))

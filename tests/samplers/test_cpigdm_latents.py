@@ -101,6 +101,11 @@ def test_steps_through_the_decoder_stay_near_what_the_network_says_without_the_t
     assert any(float((start - mean).abs().max()) > 0.01 for start, mean, _ in seen) == tilted
 
 
+def test_the_weight_of_the_paper_has_no_use_for_tau() -> None:
+    plain, given = (latent_run(Toy(True), 0.3, weight="paper", **options).z for options in ({}, {"tau": 0.2}))
+    assert torch.equal(plain, given)
+
+
 def test_a_tilt_that_is_needed_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """x0 within the noise is no reason to give it up: without it, x0 may be off."""
     kept = []

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from operators import AreaDownscale, Identity, Measurement
 from operators.base import LinearOperator
-from samplers.latent_consistency import _ratio, match_by_decoder, spread_of
+from samplers.latent_consistency import _ratio, closer, match_by_decoder, spread_of
 from samplers.pixels import measured_entries
 
 
@@ -95,6 +95,22 @@ def test_a_start_within_the_noise_goes_back_to_the_prior_until_the_noise_ends(ap
     assert bool(((out - mean).flatten(1).norm(dim=1) < (start - mean).flatten(1).norm(dim=1)).all())
 
 
+def test_the_last_step_keeps_a_way_back_that_ends_on_the_noise() -> None:
+    """And gives up what ends further away than both the noise and the start."""
+    g = torch.Generator().manual_seed(0)
+    decoder, z = Nearest(), torch.randn(3, 4, 4, 4, generator=g, dtype=torch.float64)
+    measurement = Measurement(decoder.decode(z), Identity((3, 32, 32)), 0.3)
+    entries = measured_entries(measurement)
+    goal = 0.3 * entries.sqrt()
+    away = torch.randn(z.shape, generator=g, dtype=torch.float64)
+    unit = away / measurement.residual_norm(decoder.decode(z + away))[:, None, None, None]
+    ended = z + unit * (goal * torch.tensor([0.9, 1.0005, 1.1]))[:, None, None, None]
+    start = z + 0.1 * unit
+    fit = measurement.residual_norm(decoder.decode(start))
+    out = closer(ended, start, fit, measurement, decoder, entries)
+    assert torch.equal(out, torch.stack([ended[0], ended[1], start[2]]))
+
+
 def y_latent(decoder: Nearest, y: Tensor, near: Tensor) -> Tensor:
     """The latent of y that is nearest to another one."""
     inverse = torch.linalg.pinv(decoder.COLOURS.double())
@@ -109,5 +125,5 @@ def test_how_far_the_network_may_be_off() -> None:
     assert spreads[1] == pytest.approx((0.5 + spreads[2] ** 2) ** 0.5)
     assert spreads[2] == pytest.approx(0.3)
     assert spread_of(torch.tensor(2.0), tau=0.5) == pytest.approx((4 / 17 + 0.15**2) ** 0.5)
-    assert spread_of(torch.tensor(2.0), tau=1e-200) < 1e-199
+    assert spread_of(torch.tensor(2.0), tau=0.01) < 0.011
     assert spread_of(torch.tensor(2.0), tau=float("inf")) == pytest.approx((4 + 0.3**2) ** 0.5)
