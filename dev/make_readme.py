@@ -60,10 +60,10 @@ def quality() -> str:
     if len(common) < 2:
         sys.exit(f"{ROWS} has no two pictures that a method was measured on with every task; run benchmarks/quality.py")
     cells = {key: mean_and_error([of[i] for i in sorted(common)]) for key, of in found.items() if key[1] in methods}
-    error = sum(spread for _, spread in cells.values()) / len(cells)
+    errors = sorted(spread for _, spread in cells.values())
     lines = [
-        f"PSNR in dB on the demo prior, by number of network calls: means over {len(common)} held-out portraits, noise .02, with standard",
-        f"errors of about {error:.1f}, much of it shared between methods, as the pictures are the same.",
+        f"PSNR in dB on the demo prior, by number of network calls: means over {len(common)} held-out portraits, noise .02. Standard errors are",
+        f"{errors[0]:.1f} to {errors[-1]:.1f}, half of them below {errors[len(errors) // 2]:.1f}, much of it shared between methods, as the pictures are the same.",
         "",
         "| task | " + " | ".join(METHODS[method] for method in methods) + " |",
         "|---" * (1 + len(methods)) + "|",
