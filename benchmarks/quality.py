@@ -48,12 +48,11 @@ from benchmarks.quality_methods import (  # noqa: E402
     Tasks,
     weights_id,
 )
-from benchmarks.quality_report import plots, table  # noqa: E402
+from benchmarks.quality_report import RESULTS, plots, read, table  # noqa: E402
 from operators import Blur, Mask, Measurement  # noqa: E402
 from prior.draw import VALIDATION_SEED, draw  # noqa: E402
 from samplers import enforce_consistency  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 BATCH = 8
 # Presets are chosen on one split and measured on the other; nothing was trained on either.
 SPLITS = {"validate": VALIDATION_SEED + 100, "tune": VALIDATION_SEED + 200_000}
@@ -150,13 +149,6 @@ def rows(
             "calls": calls,
             "seconds": f"{seconds:.3f}",
         }
-
-
-def read(path: pathlib.Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def compute(path: pathlib.Path, given: argparse.Namespace, tasks: Tasks, methods: dict[str, Method]) -> None:

@@ -1,5 +1,6 @@
 """What quality.py measured, as a table and as plots."""
 
+import csv
 import math
 import pathlib
 import platform
@@ -9,9 +10,26 @@ from typing import Any
 import numpy as np
 import torch
 
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 Rows = list[dict[str, str]]
 Parts = Callable[[str], tuple[str, dict[str, Any], int]]  # a method's name in the rows -> its name, options, network calls
 COLUMNS = ("psnr", "ssim", "features", "hole_psnr", "residual", "calls", "seconds")
+
+
+def read(path: pathlib.Path) -> Rows:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def psnrs(rows: Rows, task: str, sigma: float) -> dict[str, dict[str, float]]:
+    """dB by method and picture."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["task"] == task and float(row["sigma"]) == sigma:
+            found.setdefault(row["method"], {})[row["picture"]] = float(row["psnr"])
+    return found
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -29,10 +47,9 @@ def glance(rows: Rows, tasks: list[str], names: list[str]) -> list[str]:
     lines = ["| task | sigma | n | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
     for task in tasks:
         for sigma in sorted({float(r["sigma"]) for r in rows if r["task"] == task}):
-            here = [r for r in rows if r["task"] == task and float(r["sigma"]) == sigma]
-            values = {name: {r["picture"]: float(r["psnr"]) for r in here if r["method"] == name} for name in names}
-            common = set.intersection(*(set(of) for of in values.values() if of))
-            cells = [f"{mean_and_error([of[i] for i in common])[0]:.2f}" if of else "-" for of in values.values()]
+            found = psnrs(rows, task, sigma)
+            common = set.intersection(*map(set, found.values()))
+            cells = [f"{mean_and_error([found[name][i] for i in common])[0]:.2f}" if name in found else "-" for name in names]
             lines.append(f"| {task} | {sigma:g} | {len(common)} | " + " | ".join(cells) + " |")
     return lines
 

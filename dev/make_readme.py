@@ -4,7 +4,6 @@ Replaces docs/demo.png and what stands between <!-- demo --> or <!-- quality -->
 the rows in benchmarks/results/quality.csv of the shipped weights, which `benchmarks/quality.py` measures in hours.
 """
 
-import csv
 import shutil
 import sys
 from pathlib import Path
@@ -13,9 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks.quality_methods import DENOISE_SIGMA, weights_id  # noqa: E402
-from benchmarks.quality_report import mean_and_error  # noqa: E402
+from benchmarks.quality_report import RESULTS, mean_and_error, psnrs, read  # noqa: E402
 
-ROWS = ROOT / "benchmarks" / "results" / "quality.csv"
+ROWS = RESULTS / "quality.csv"
 SIGMA = 0.02
 TASKS = {
     "downscale_4": "x4 super-resolution",
@@ -47,20 +46,18 @@ METHODS = {
 def quality() -> str:
     """PSNR by task and method, over the pictures that all of them have; methods not measured on every task are left out."""
     weights = weights_id(pixels=False)
-    with ROWS.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["weights"] == weights and row["split"] == "validate"]
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
-        if float(row["sigma"]) == (DENOISE_SIGMA if row["task"] == "denoise" else SIGMA):
-            found.setdefault((row["task"], row["method"]), {})[row["picture"]] = float(row["psnr"])
-    methods = [method for method in METHODS if all((task, method) in found for task in TASKS)]
+    rows = [row for row in read(ROWS) if row["weights"] == weights and row["split"] == "validate"]
+    found = {task: psnrs(rows, task, DENOISE_SIGMA if task == "denoise" else SIGMA) for task in TASKS}
+    methods = [method for method in METHODS if all(method in of for of in found.values())]
     if missing := [METHODS[method] for method in METHODS if method not in methods]:
         print(f"not measured on every task with these weights, left out: {', '.join(missing)}", file=sys.stderr)
-    common = set.intersection(*(set(found[task, method]) for task in TASKS for method in methods)) if methods else set()
+    common = set.intersection(*(set(of[method]) for of in found.values() for method in methods)) if methods else set()
     if len(common) < 2:
         sys.exit(f"{ROWS} has no two pictures that a method was measured on with every task; run benchmarks/quality.py")
-    cells = {key: mean_and_error([of[i] for i in sorted(common)]) for key, of in found.items() if key[1] in methods}
-    errors = sorted(spread for _, spread in cells.values())
+    cells = {
+        task: [mean_and_error([of[method][i] for i in sorted(common)]) for method in methods] for task, of in found.items()
+    }
+    errors = sorted(error for row in cells.values() for _, error in row)
     lines = [
         f"PSNR in dB on the demo prior, by number of network calls: means over {len(common)} held-out portraits, noise .02. Standard errors are",
         f"{errors[0]:.1f} to {errors[-1]:.1f}, half of them below {errors[len(errors) // 2]:.1f}, much of it shared between methods, as the pictures are the same.",
@@ -69,7 +66,7 @@ def quality() -> str:
         "|---" * (1 + len(methods)) + "|",
     ]
     for task, name in TASKS.items():
-        lines.append(f"| {name} | " + " | ".join(f"{cells[task, method][0]:.1f}" for method in methods) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{mean:.1f}" for mean, _ in cells[task]) + " |")
     return "\n".join(lines)
 
 

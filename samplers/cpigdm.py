@@ -72,7 +72,7 @@ def sample_cpigdm(
         weight: "dual", see `Dual`; "bayes", Omega = s^2 / (s^2 r^2 + noise^2); "paper", Omega = w rho / (1 + sigma^2).
         w: strength of the paper's weight, >= 0.
         tau: standard deviation of the prior around its mean, in units of the state. Default 1; for "bayes" in pixels sqrt(0.1). With
-            noise, steps through the decoder stay as near to the prior, too. "paper" has no use for it.
+            noise it also says how near steps through the decoder stay to the network's x0. "paper" has no use for it.
         reach: "dual" moves the network's input by at most reach * sigma (rms). Default 2 in pixels, 0.3 in latents.
         eta: fresh noise: 0 is DDIM, 1 is DDPM, more is more, until all noise of a step is fresh, at sigma_next / sigma <=
             sqrt(1 - 1 / eta^2). Default for "dual" 1 in pixels and 2 in latents, else 0. In few steps much fresh noise takes out
@@ -105,16 +105,16 @@ def sample_cpigdm(
     if plain and lam:
         raise ValueError(f'lam: got {lam} with integrator {integrator!r}; it belongs to "conjugate"')
     pixels = autoencoder is None
+    if tau is None or weight == "paper":
+        tau = 0.1**0.5 if weight == "bayes" and pixels else 1.0
     if not pixels:
-        space: Space = Latents(
-            measurement, autoencoder, consistency, inner_steps, last_steps, 1.0 if weight == "paper" else tau or 1.0
-        )
+        space: Space = Latents(measurement, autoencoder, consistency, inner_steps, last_steps, tau)
     else:
         space = NoisyPixels(measurement) if measurement.sigma > 0 else ExactPixels(measurement)
     if weight == "dual":
-        method: Dual | Guidance = Dual(space, tau or 1.0, reach or (2.0 if pixels else 0.3))
+        method: Dual | Guidance = Dual(space, tau, reach or (2.0 if pixels else 0.3))
     else:
-        chosen = Paper(w, space.noise) if weight == "paper" else Bayes(tau or (0.1**0.5 if pixels else 1.0), space.noise)
+        chosen = Paper(w, space.noise) if weight == "paper" else Bayes(tau, space.noise)
         method = Guidance(space, chosen, jacobian, integrator, lam)
     differentiate = jacobian != "off"
     extra_args = extra_args or {}
@@ -239,26 +239,51 @@ class Guidance:
         return denoised, change
 
 
-class NoisyPixels:
-    """Pixel space with noise: everything depends on the eigenvalues of A A^T.
+class Space:
+    """Where the guidance acts: the innovation of x0, functions h(A A^T) and A^T that act on innovations, f(A^T A) on states.
 
-    A space has the innovation of x0, functions h(A A^T) and A^T that act on innovations, and functions f(A^T A) on states. The
-    two spaces below have the pseudo-inverse, or its stand-in, in the innovation; all that is seen has eigenvalue 1 there.
+    As it stands here the pseudo-inverse, or its stand-in, is in the innovation: all that is seen has eigenvalue 1.
 
     Attributes:
         noise: standard deviation of the innovation's noise.
         top: the largest eigenvalue.
     """
 
-    def __init__(self, measurement: Any) -> None:
-        self.operator, self.y, self.noise = measurement.operator, measurement.y, measurement.sigma
-        self.top = self.operator.norm() ** 2
+    noise, top = 0.0, 1.0
 
     def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         """What the measurement says of x0, and ||A x0 - y||, (B,).
 
         prior_mean: of x0 given x without y, like x0; latents stay near it where there is noise.
         """
+        raise NotImplementedError
+
+    def apply(self, x: Tensor, f: Spectral) -> Tensor:
+        raise NotImplementedError
+
+    def gram(self, v: Tensor, h: Spectral) -> Tensor:
+        return _at(h, 1.0, v) * v
+
+    def adjoint(self, v: Tensor) -> Tensor:
+        return v
+
+    def full(self, innovation: Tensor) -> Tensor:
+        """The change of x0 that meets y."""
+        return innovation
+
+    def active(self, prior_mean: Tensor, innovation: Tensor) -> Tensor:
+        """Whether y says anything that the prior does not, (B,)."""
+        return torch.ones(len(innovation), device=innovation.device)
+
+
+class NoisyPixels(Space):
+    """Pixel space with noise: everything depends on the eigenvalues of A A^T."""
+
+    def __init__(self, measurement: Any) -> None:
+        self.operator, self.y, self.noise = measurement.operator, measurement.y, measurement.sigma
+        self.top = self.operator.norm() ** 2
+
+    def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         residual = self.y - self.operator.A(x0)
         return residual, torch.linalg.vector_norm(residual.flatten(1), dim=1)
 
@@ -269,21 +294,14 @@ class NoisyPixels:
         return self.operator.A_adjoint(v)
 
     def full(self, innovation: Tensor) -> Tensor:
-        """The change of x0 that meets y."""
         return self.operator.A_dagger(innovation)
-
-    def active(self, prior_mean: Tensor, innovation: Tensor) -> Tensor:
-        """Whether the constraint y says anything that the prior does not, (B,)."""
-        return torch.ones(len(innovation), device=innovation.device)
 
     def apply(self, x: Tensor, f: Spectral) -> Tensor:
         return self.operator.spectral(x, _wide(f))
 
 
-class ExactPixels:
+class ExactPixels(Space):
     """Pixel space without noise: the innovation is A^+ (y - A x0)."""
-
-    noise, top = 0.0, 1.0
 
     def __init__(self, measurement: Any) -> None:
         self.operator, self.y = measurement.operator, measurement.y
@@ -292,31 +310,17 @@ class ExactPixels:
         residual = self.y - self.operator.A(x0)
         return self.operator.A_dagger(residual), torch.linalg.vector_norm(residual.flatten(1), dim=1)
 
-    def gram(self, v: Tensor, h: Spectral) -> Tensor:
-        return _at(h, 1.0, v) * v
-
-    def adjoint(self, v: Tensor) -> Tensor:
-        return v
-
-    def full(self, innovation: Tensor) -> Tensor:
-        return innovation
-
-    def active(self, prior_mean: Tensor, innovation: Tensor) -> Tensor:
-        return torch.ones(len(innovation), device=innovation.device)
-
     def apply(self, x: Tensor, f: Spectral) -> Tensor:
         part = self.operator.project(x)
         return _at(f, 1.0, x) * part + _at(f, 0.0, x) * (x - part)
 
 
-class Latents:
+class Latents(Space):
     """Latent space: the innovation is a move of z0 towards A D(z) = y, not below the noise, and near what the prior says.
 
     Args:
         tau: standard deviation of the latents around their mean.
     """
-
-    noise, top = 0.0, 1.0
 
     def __init__(
         self,
@@ -342,17 +346,8 @@ class Latents:
             target = closer(target, x0, fit, self.measurement, self.autoencoder, self.entries)
         return target - x0, fit
 
-    def gram(self, v: Tensor, h: Spectral) -> Tensor:
-        return _at(h, 1.0, v) * v
-
-    def adjoint(self, v: Tensor) -> Tensor:
-        return v
-
-    def full(self, innovation: Tensor) -> Tensor:
-        return innovation
-
     def active(self, prior_mean: Tensor, innovation: Tensor) -> Tensor:
-        """Latents within the noise do not move; without the tilt they may not be within it."""
+        """Latents within the noise mostly stay where they are; without the tilt they may not be within it."""
         moved = innovation.flatten(1).any(1)
         if bool(moved.all()):
             return moved
@@ -361,9 +356,6 @@ class Latents:
 
     def apply(self, x: Tensor, f: Spectral) -> Tensor:
         return _at(f, 1.0, x) * x
-
-
-Space = NoisyPixels | ExactPixels | Latents
 
 
 def _wide(f: Spectral) -> Spectral:
