@@ -12,7 +12,7 @@ from torch import Tensor
 from operators import AreaDownscale, Dense, LinearOperator, Mask, Measurement, gaussian_kernel
 from operators.separable import Separable, convolution_matrix
 from samplers import fill_unseen, sample_cpigdm
-from samplers.pixels import measured_entries
+from samplers.pixels import noise_norm
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden"
 TRUTHS, EXACT = 12, 1024
@@ -145,5 +145,5 @@ class Latent:
     def residual(self, z: Tensor, noise: float) -> list[float]:
         """The mean, the least and the greatest ||A D(z) - y|| / (sigma sqrt(m))."""
         measurement = self.measurement(noise)
-        ratio = measurement.residual_norm(self.decode(z)) / (noise * measured_entries(measurement).sqrt())
+        ratio = measurement.residual_norm(self.decode(z)) / noise_norm(measurement)
         return [float(ratio.mean()), float(ratio.min()), float(ratio.max())]

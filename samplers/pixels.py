@@ -48,9 +48,9 @@ def measured(operator: Any, y: Tensor) -> Tensor:
     return (reached > 8 * torch.finfo(y.dtype).eps * reached.max()).to(y)
 
 
-def measured_entries(measurement: Any) -> Tensor:
-    """How many values of y measure anything, (B,)."""
-    return measured(measurement.operator, measurement.y).flatten(1).sum(1)
+def noise_norm(measurement: Any) -> Tensor:
+    """What the noise alone makes ||A x - y||: sigma sqrt(m) for the m values of y that measure anything, (B,)."""
+    return measurement.sigma * measured(measurement.operator, measurement.y).flatten(1).sum(1).sqrt()
 
 
 def expected_error(x: Tensor, measurement: Any) -> Tensor:
@@ -63,7 +63,7 @@ def expected_error(x: Tensor, measurement: Any) -> Tensor:
         measurement: `y` (1 or B, c, h, w), `operator`, `sigma`.
     """
     operator = measurement.operator
-    excess = measurement.residual_norm(x) ** 2 - measured_entries(measurement) * measurement.sigma**2
+    excess = measurement.residual_norm(x) ** 2 - noise_norm(measurement) ** 2
     draw = torch.randn(operator.in_shape, generator=torch.Generator().manual_seed(0)).to(x)
     trace = operator.A(draw.expand(x.shape).contiguous()).square().flatten(1).sum(1)
     return (excess.clamp(min=0) / torch.where(trace == 0, 1.0, trace)).sqrt()
@@ -112,7 +112,7 @@ def enforce_consistency(x: Tensor, measurement: Any, error: float | None = None,
 
 def _as_it_needs(x: Tensor, measurement: Any) -> Tensor:
     """`enforce_consistency` with noise, each picture with the error that its residual tells, raised until it agrees."""
-    goals = measurement.sigma * measured_entries(measurement).sqrt().expand(len(x))
+    goals = noise_norm(measurement).expand(len(x))
     images = []
     for i, error in enumerate(expected_error(x, measurement).clamp(max=USUAL).tolist()):
         operator, y = measurement.operator.select(i), measurement.y.expand(len(x), -1, -1, -1)[i : i + 1]

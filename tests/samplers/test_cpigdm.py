@@ -14,7 +14,8 @@ from torch import Tensor
 
 from operators import AreaDownscale, Blur, Dense, Identity, Mask, Measurement, gaussian_kernel
 from samplers import fill_unseen, sample_cpigdm
-from samplers.cpigdm import Dual, ExactPixels
+from samplers.cpigdm import Dual
+from samplers.spaces import ExactPixels
 from samplers.steps import ancestral_split
 
 F64 = torch.float64

@@ -7,7 +7,7 @@ from torch import Tensor
 from operators import AreaDownscale, Identity, Measurement
 from operators.base import LinearOperator
 from samplers.latent_consistency import _ratio, closer, match_by_decoder, spread_of
-from samplers.pixels import measured_entries
+from samplers.pixels import noise_norm
 
 
 class Nearest:
@@ -23,7 +23,7 @@ class Nearest:
 def moved(operator: LinearOperator, y: Tensor, z: Tensor, autoencoder: Nearest | None, steps: int) -> tuple[float, float]:
     """||A D(z) - y|| before and after."""
     measurement = Measurement(y, operator)
-    z, before = match_by_decoder(z, measurement, autoencoder, steps, measured_entries(measurement))
+    z, before = match_by_decoder(z, measurement, autoencoder, steps, noise_norm(measurement))
     image = z if autoencoder is None else autoencoder.decode(z)
     return float(before), float(measurement.residual_norm(image))
 
@@ -72,9 +72,9 @@ def test_with_noise_a_prior_counts_too(apart: float) -> None:
     back = torch.einsum("bdhw,cd->bchw", 64 * torch.nn.functional.avg_pool2d(y - decoder.decode(mean), 8), colours)
     expected = mean + torch.einsum("ce,behw->bchw", torch.linalg.inv(inner), back)
     z = mean - apart * (expected - mean)
-    out, _ = match_by_decoder(z, measurement, decoder, 40, measured_entries(measurement), (mean, spread))
+    out, _ = match_by_decoder(z, measurement, decoder, 40, noise_norm(measurement), (mean, spread))
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
-    free, _ = match_by_decoder(z, measurement, decoder, 40, measured_entries(measurement))
+    free, _ = match_by_decoder(z, measurement, decoder, 40, noise_norm(measurement))
     assert float((free - mean).norm()) > 2 * float((out - mean).norm())
 
 
@@ -85,11 +85,10 @@ def test_a_start_within_the_noise_goes_back_to_the_prior_until_the_noise_ends(ap
     decoder, mean = Nearest(), torch.randn(2, 4, 4, 4, generator=g, dtype=torch.float64)
     y = decoder.decode(mean + apart * torch.randn(mean.shape, generator=g, dtype=torch.float64))
     measurement = Measurement(y, Identity((3, 32, 32)), 0.3)
-    entries = measured_entries(measurement)
-    goal = 0.3 * float(entries[0]) ** 0.5
+    goal = 0.3 * (3 * 32 * 32) ** 0.5
     start = mean + 0.95 * (y_latent(decoder, y, mean) - mean)
     assert float(measurement.residual_norm(decoder.decode(start)).max()) < 0.8 * goal
-    out, _ = match_by_decoder(start, measurement, decoder, 40, entries, (mean, 0.003))
+    out, _ = match_by_decoder(start, measurement, decoder, 40, noise_norm(measurement), (mean, 0.003))
     expected = measurement.residual_norm(decoder.decode(mean)).clamp(max=goal)
     torch.testing.assert_close(measurement.residual_norm(decoder.decode(out)), expected, rtol=0.01, atol=0)
     assert bool(((out - mean).flatten(1).norm(dim=1) < (start - mean).flatten(1).norm(dim=1)).all())
@@ -100,14 +99,13 @@ def test_the_last_step_keeps_a_way_back_that_ends_on_the_noise() -> None:
     g = torch.Generator().manual_seed(0)
     decoder, z = Nearest(), torch.randn(3, 4, 4, 4, generator=g, dtype=torch.float64)
     measurement = Measurement(decoder.decode(z), Identity((3, 32, 32)), 0.3)
-    entries = measured_entries(measurement)
-    goal = 0.3 * entries.sqrt()
+    goal = 0.3 * (3 * 32 * 32) ** 0.5
     away = torch.randn(z.shape, generator=g, dtype=torch.float64)
     unit = away / measurement.residual_norm(decoder.decode(z + away))[:, None, None, None]
     ended = z + unit * (goal * torch.tensor([0.9, 1.0005, 1.1]))[:, None, None, None]
     start = z + 0.1 * unit
     fit = measurement.residual_norm(decoder.decode(start))
-    out = closer(ended, start, fit, measurement, decoder, entries)
+    out = closer(ended, start, fit, measurement, decoder, noise_norm(measurement))
     assert torch.equal(out, torch.stack([ended[0], ended[1], start[2]]))
 
 

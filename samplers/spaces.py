@@ -1,0 +1,142 @@
+"""Where C-PiGDM's guidance acts: in pixels with noise, in pixels without, or on latents."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .latent_consistency import closer, match_by_decoder, match_by_encoder, spread_of
+from .pixels import noise_norm
+from .steps import Autoencoder
+
+Spectral = Callable[[Tensor], Tensor]
+
+
+class Space:
+    """Where the guidance acts: the innovation of x0, functions h(A A^T) and A^T that act on innovations, f(A^T A) on states.
+
+    As it stands here the pseudo-inverse, or its stand-in, is in the innovation: all that is seen has eigenvalue 1.
+
+    Attributes:
+        noise: standard deviation of the innovation's noise.
+        top: the largest eigenvalue.
+    """
+
+    noise, top = 0.0, 1.0
+
+    def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """What the measurement says of x0, and ||A x0 - y||, (B,).
+
+        prior_mean: of x0 given x without y, like x0; latents stay near it where there is noise.
+        """
+        raise NotImplementedError
+
+    def apply(self, x: Tensor, f: Spectral) -> Tensor:
+        raise NotImplementedError
+
+    def gram(self, v: Tensor, h: Spectral) -> Tensor:
+        return _at(h, 1.0, v) * v
+
+    def adjoint(self, v: Tensor) -> Tensor:
+        return v
+
+    def full(self, innovation: Tensor) -> Tensor:
+        """The change of x0 that meets y."""
+        return innovation
+
+    def active(self, prior_mean: Tensor, innovation: Tensor) -> Tensor:
+        """Whether y says anything that the prior does not, (B,)."""
+        return torch.ones(len(innovation), device=innovation.device)
+
+
+class NoisyPixels(Space):
+    """Pixel space with noise: everything depends on the eigenvalues of A A^T."""
+
+    def __init__(self, measurement: Any) -> None:
+        self.operator, self.y, self.noise = measurement.operator, measurement.y, measurement.sigma
+        self.top = self.operator.norm() ** 2
+
+    def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        residual = self.y - self.operator.A(x0)
+        return residual, torch.linalg.vector_norm(residual.flatten(1), dim=1)
+
+    def gram(self, v: Tensor, h: Spectral) -> Tensor:
+        return self.operator.gram(v, _wide(h))
+
+    def adjoint(self, v: Tensor) -> Tensor:
+        return self.operator.A_adjoint(v)
+
+    def full(self, innovation: Tensor) -> Tensor:
+        return self.operator.A_dagger(innovation)
+
+    def apply(self, x: Tensor, f: Spectral) -> Tensor:
+        return self.operator.spectral(x, _wide(f))
+
+
+class ExactPixels(Space):
+    """Pixel space without noise: the innovation is A^+ (y - A x0)."""
+
+    def __init__(self, measurement: Any) -> None:
+        self.operator, self.y = measurement.operator, measurement.y
+
+    def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        residual = self.y - self.operator.A(x0)
+        return self.operator.A_dagger(residual), torch.linalg.vector_norm(residual.flatten(1), dim=1)
+
+    def apply(self, x: Tensor, f: Spectral) -> Tensor:
+        part = self.operator.project(x)
+        return _at(f, 1.0, x) * part + _at(f, 0.0, x) * (x - part)
+
+
+class Latents(Space):
+    """Latent space: the innovation is a move of z0 towards A D(z) = y, not below the noise, and near what the prior says.
+
+    Args:
+        tau: standard deviation of the latents around their mean.
+    """
+
+    def __init__(
+        self,
+        measurement: Any,
+        autoencoder: Autoencoder,
+        consistency: str,
+        inner_steps: int,
+        last_steps: int,
+        tau: float,
+    ) -> None:
+        self.measurement, self.autoencoder, self.consistency = measurement, autoencoder, consistency
+        self.inner_steps, self.last_steps, self.tau = inner_steps, last_steps, tau
+        self.noise_norm = noise_norm(measurement)
+
+    def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        steps = self.last_steps if last else self.inner_steps
+        if self.consistency == "decoder":
+            near = (prior_mean, spread_of(sigma, self.tau))
+            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, self.noise_norm, near)
+        else:
+            target, fit = match_by_encoder(x0, self.measurement, self.autoencoder, steps)
+        if last:
+            target = closer(target, x0, fit, self.measurement, self.autoencoder, self.noise_norm)
+        return target - x0, fit
+
+    def active(self, prior_mean: Tensor, innovation: Tensor) -> Tensor:
+        """Latents within the noise mostly stay where they are; without the tilt they may not be within it."""
+        moved = innovation.flatten(1).any(1)
+        if bool(moved.all()):
+            return moved
+        fit = self.measurement.residual_norm(self.autoencoder.decode(prior_mean))
+        return moved | (fit > self.noise_norm)
+
+    def apply(self, x: Tensor, f: Spectral) -> Tensor:
+        return _at(f, 1.0, x) * x
+
+
+def _wide(f: Spectral) -> Spectral:
+    """f evaluated in float64, where the device has it: eigenvalues range over twelve decades."""
+    return lambda values: f(values if values.device.type == "mps" else values.double()).to(values)
+
+
+def _at(f: Spectral, value: float, like: Tensor) -> Tensor:
+    """f of one eigenvalue."""
+    return f(torch.tensor(value, dtype=torch.float64)).to(like)
