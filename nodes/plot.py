@@ -27,8 +27,8 @@ def residual_plot(curves: list[list[float]], noise: float) -> Tensor | None:
     if not curves:
         return None
     values = [value for curve in curves for value in curve] + [noise] * (noise > 0)
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    high = max(high, low + 1)
+    # A little wider than the values, so that none lies on the frame.
+    low, high = math.floor(math.log10(min(values)) - 0.05), math.ceil(math.log10(max(values)) + 0.05)
     steps = max(map(len, curves))
     width, height = SIZE[0] - LEFT - RIGHT, SIZE[1] - TOP - BOTTOM
 

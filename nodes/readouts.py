@@ -166,7 +166,7 @@ def verdict(found: Agreement, best: list[float] | str | None, k: int) -> str:
     if found.sigma == 0:
         return f"{text}agrees {'exactly' if found.rms <= EXACT else 'to the rounding of 8 bits'}"
     if found.sigmas < 0.5:
-        return f"{text}agrees, nearer than the noise, as Finish brings it"
+        return f"{text}agrees, nearer than the noise: some of the photo's noise is in it, as after Finish"
     return f"{text}agrees within the noise"
 
 

@@ -98,7 +98,7 @@ def test_a_result_that_follows_the_noise_is_told(nodes: ModuleType, pack: Module
     _, _, sigmas, agrees, text = consistency(nodes, nodes.types.to_image(measurement.y), measurement)
     assert sigmas < 0.01
     assert agrees
-    assert text.endswith("agrees, nearer than the noise, as Finish brings it")
+    assert text.endswith("agrees, nearer than the noise: some of the photo's noise is in it, as after Finish")
 
 
 def blur(pack: ModuleType, sigma: float, boundary: str = "reflect") -> Bind:
