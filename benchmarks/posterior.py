@@ -202,7 +202,7 @@ def margins(found: Found) -> list[str]:
             for n in CALLS:
                 here = {m: found.get(Cell("methods", name, noise, m, n)) for m in METHODS}
                 mine = here.pop(OURS)
-                others = {m: v for m, v in here.items() if v is not None}
+                others = {m: v for m, v in here.items() if v is not None and math.isfinite(sum(v))}
                 if mine is None or not others:
                     items.append("not run")
                     continue

@@ -31,8 +31,8 @@ def paper(problem: Problem, n: int, w: float, noise: float) -> Tensor:
     return sample_cpigdm(denoise, problem.start(sigmas[0]), sigmas, measurement=measurement, weight="paper", w=w, jacobian="vp")
 
 
-def pigdm(problem: Problem, n: int, tau: float) -> Tensor:
-    options = {"weight": "bayes", "tau": tau, "integrator": "discrete", "jacobian": "k", "eta": 1.0}
+def pigdm(problem: Problem, n: int, tau: float, integrator: str = "discrete", eta: float = 1.0) -> Tensor:
+    options = {"weight": "bayes", "tau": tau, "integrator": integrator, "jacobian": "k", "eta": eta}
     return sample_cpigdm(denoise, 10 * problem.eps, karras(n, 10.0, 0.02), measurement=problem.measurement, **options)
 
 
@@ -48,7 +48,9 @@ METHODS: dict[str, tuple[int, Sampler]] = {
     "C-PiGDM, paper's noisy form, w = 2": (2, lambda problem, n: paper(problem, n, 2.0, problem.noise)),
     "PiGDM, r = sigma": (2, lambda problem, n: pigdm(problem, n, math.inf)),
     "PiGDM, tau = 1": (2, lambda problem, n: pigdm(problem, n, 1.0)),
+    "PiGDM, continuous, by Euler's method": (2, lambda problem, n: pigdm(problem, n, 1.0, "euler", 0.0)),
     "DPS": (2, dps),
+    "DDIM, without the photo": (1, lambda problem, n: ours(problem, n, high=10.0, low=0.02, weight="paper", w=0.0, eta=0.0)),
     "DDNM": (1, lambda problem, n: ours(problem, n, low=0.02, weight="paper", w=math.inf, eta=0.0)),
     "C-PiGDM, Bayes weight": (1, lambda problem, n: ours(problem, n, low=0.02, weight="bayes", eta=0.0)),
     OURS: (1, ours),

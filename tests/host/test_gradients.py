@@ -110,6 +110,33 @@ def test_two_models_in_one_guider(cfg: float, sd15: Host, tiny: Callable[..., Pa
     assert_gradient(sd15, guider=guider)
 
 
+def basic(h: Host) -> Any:
+    guider = nodes_custom_sampler().Guider_Basic(h.model)
+    guider.set_conds(conditioning("sd15", 1))
+    return guider
+
+
+def dual_cfg(h: Host) -> Any:
+    guider = nodes_custom_sampler().Guider_DualCFG(h.model)
+    guider.set_conds(*(conditioning("sd15", seed) for seed in (1, 2, 3)))
+    guider.set_cfg(3.0, 2.0)
+    return guider
+
+
+def perp_neg(h: Host) -> Any:
+    from comfy_extras.nodes_perpneg import Guider_PerpNeg
+
+    guider = Guider_PerpNeg(h.model)
+    guider.set_conds(*(conditioning("sd15", seed) for seed in (1, 2, 3)))
+    guider.set_cfg(3.0, 1.0)
+    return guider
+
+
+@pytest.mark.parametrize("guider", [basic, dual_cfg, perp_neg])
+def test_other_guiders(guider: Callable[[Host], Any], sd15: Host) -> None:
+    assert_gradient(sd15, guider=guider(sd15))
+
+
 def test_rescale_cfg_and_zero_terminal_snr(sd15: Host) -> None:
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, RescaleCFG
 

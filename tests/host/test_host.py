@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.host_runs import Host, Probe
-from support.host_versions import needs
+from support.host_versions import needs, nodes_custom_sampler
 from support.tiny_checkpoints import conditioning
 from torch import Tensor
 
@@ -76,6 +76,23 @@ def test_options_are_a_copy(host: ModuleType) -> None:
     assert "optimized_attention_override" in ours["transformer_options"]
     assert ours["transformer_options"]["patches"]["input_block_patch_after_skip"][1:] == ["theirs"]
     assert options == {"transformer_options": {"patches": {"input_block_patch_after_skip": ["theirs"]}}}
+
+
+def test_model_and_vae_are_loaded_whole_and_side_by_side(hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part of a model on the CPU would be cast at each step, and a gradient would keep every cast copy."""
+    import comfy.model_management as mm
+
+    loads: list[tuple[list[Any], bool]] = []
+    load_models = mm.load_models_gpu
+
+    def spy(models: list[Any], *args: Any, force_full_load: bool = False, **options: Any) -> Any:
+        loads.append((list(models), force_full_load))
+        return load_models(models, *args, force_full_load=force_full_load, **options)
+
+    monkeypatch.setattr(mm, "load_models_gpu", spy)
+    h = hosts("sd15")
+    h.sample(h.sampler(stand_still), sigmas=torch.tensor([2.0, 1.0]))
+    assert any({h.model, h.vae.patcher} <= set(models) and whole for models, whole in loads)
 
 
 # The state --------------------------------------------------------------------------------------------------------------
@@ -321,6 +338,25 @@ def test_interrupt_stops_within_a_step(hosts: Callable[..., Host]) -> None:
         h.sample(h.sampler(h.pack.samplers.sample_psld), steps=5, callback=callback)
     assert steps == [(0, 5), (1, 5)]
     assert h.sample(h.sampler(h.pack.samplers.sample_psld), steps=2).isfinite().all()  # and the next run is fine
+
+
+# Stock nodes around it --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_sampler_custom_and_its_advanced_form_agree(noise: bool, hosts: Callable[..., Host]) -> None:
+    """The one with a guider and a noise node, the other without; both with noise and without, from a latent."""
+    extras, h = nodes_custom_sampler(), hosts("sd15")
+    sampler, sigmas = h.sampler(h.pack.samplers.sample_psld), torch.tensor([2.0, 0.5, 0.0])
+    latent = {"samples": torch.randn(h.latent().shape, generator=torch.Generator().manual_seed(1))}
+    positive, negative = (conditioning("sd15", seed) for seed in (1, 2))
+    with torch.inference_mode():
+        plain = extras.SamplerCustom().sample(h.model, noise, 7, 3.0, positive, negative, sampler, sigmas, latent)
+        source = extras.Noise_RandomNoise(7) if noise else extras.Noise_EmptyNoise()
+        advanced = extras.SamplerCustomAdvanced().sample(source, h.guider(), sampler, sigmas, latent)
+    found, other = (out[0]["samples"] for out in (plain, advanced))
+    assert torch.equal(found, other)
+    assert float((found - latent["samples"]).abs().mean()) > 0.01
 
 
 # PSLD through the host --------------------------------------------------------------------------------------------------

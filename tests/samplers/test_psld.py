@@ -14,6 +14,7 @@ from operators import AreaDownscale, Dense, Identity, Mask, Measurement
 from prior import networks
 from prior.draw import draw
 from samplers import sample_psld
+from samplers.psld import psld_residuals
 from samplers.steps import noise_sampler, vjp
 
 F64 = torch.float64
@@ -122,6 +123,23 @@ def test_goodness_term_has_no_gradient_where_the_autoencoder_is_perfect() -> Non
     toy.encode = lambda x: 1.1 * x @ toy.s
     z, _ = toy.step(0.3, 0.7, glue="goodness")
     assert float((z - plain).norm()) > 1e-3
+
+
+@pytest.mark.parametrize("glue", ["pinv", "adjoint", "goodness"])
+def test_what_is_glued(glue: str) -> None:
+    """Only with the pseudo-inverse does the glued picture meet y where A A^T is not I, here I / 16."""
+    operator = AreaDownscale((3, 8, 8), 4)
+    g = generator(4)
+    z, y = torch.randn(2, 3, 8, 8, dtype=F64, generator=g), torch.randn(2, 3, 2, 2, dtype=F64, generator=g)
+    encoded: list[Tensor] = []
+    codec = SimpleNamespace(decode=lambda z: 0.5 * z, encode=lambda x: encoded.append(x) or 3 * x)
+    fit, apart = psld_residuals(z, Measurement(y, operator), codec, glue)
+    (glued,) = encoded
+    moved = {"pinv": y - operator.A(0.5 * z), "adjoint": (y - operator.A(0.5 * z)) / 16, "goodness": torch.zeros_like(y)}[glue]
+    torch.testing.assert_close(operator.A(glued) - operator.A(0.5 * z), moved)
+    torch.testing.assert_close(glued - 0.5 * z, moved.repeat_interleave(4, 2).repeat_interleave(4, 3))
+    torch.testing.assert_close(fit, (y - operator.A(0.5 * z)).flatten(1).norm(dim=1))
+    torch.testing.assert_close(apart, (3 * glued - z).flatten(1).norm(dim=1))
 
 
 # The line search ----------------------------------------------------------------------------------------------------------

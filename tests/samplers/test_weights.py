@@ -138,3 +138,30 @@ def test_lambda_zero_is_the_plain_step() -> None:
 def test_time_of_the_papers_process() -> None:
     assert float(vp_time(number(2.0283))) == pytest.approx(0.4, abs=1e-4)
     assert float(vp_time(number(0.0104857))) == pytest.approx(0.001, abs=1e-6)
+
+
+@pytest.mark.parametrize("vp", [False, True])
+def test_limits_of_psi(vp: bool) -> None:
+    """Noise to 0 and to infinity, directions not seen, strong weights, a step to 0, and no step at all."""
+    s, t, zero = number(2.0), number(0.7), number(0.0)
+
+    def value(weight: Paper | Bayes, seen: float, end: Tensor = t) -> float:
+        return float(psi(weight, s, end, 1.0, vp)(number(seen)))
+
+    for noisy, free in ((Paper(15.0, 1e-7), Paper(15.0, 0.0)), (Bayes(0.3, 1e-7), Bayes(0.3, 0.0))):
+        assert value(noisy, 1.0) == pytest.approx(value(free, 1.0), rel=1e-6)
+    for make in (lambda noise: Paper(15.0, noise), lambda noise: Bayes(0.3, noise)):
+        assert value(make(1e6), 1.0) == pytest.approx(value(make(1e6), 0.0), rel=1e-6)  # E is 1 wherever nothing pulls
+        assert value(make(0.1), 1e-30) == pytest.approx(value(make(0.1), 0.0), rel=1e-6)
+        assert abs(value(make(0.1), 1.0)) < abs(value(make(0.1), 0.0))  # and less than 1 elsewhere
+        assert value(make(0.1), 1.0, s) == 0
+    strong = [abs(value(Paper(w, 0.1), 1.0)) for w in (2.0, 15.0, 300.0, 1e4)]
+    assert strong == sorted(strong, reverse=True)
+    assert strong[-1] < 1e-3 * strong[0]
+    assert value(Bayes(0.3, 0.0), 1.0, zero) == 0  # E of the exact constraint is without bounds there
+
+
+def test_the_papers_theta_at_sigma_0() -> None:
+    """(1 + sigma^2)^(-w / 2) of the noise-free innovation is left, whatever the caller then does about it."""
+    left = 1 - float(pull(Paper(2.0, 0.0), number(0.5), number(0.0))(number(1.0)))
+    assert left == pytest.approx(1 / 1.25, rel=1e-12)
