@@ -114,10 +114,16 @@ def one_node(operators: list[Node], *, first: int, sigma: float = 0.0, **restore
     """The Restore node; the operators may fill columns 0 and, when they follow one another, more."""
     column = 1 + max(node.column for node in operators)
     result = ("Restore", 0)
+    gain = min(10.0, round(0.2 / sigma)) if sigma else 10.0  # noise enlarged to a fifth of the range at most: no confetti
     return [
         *degraded(operators, (first, 1), sigma, column),
         Node("PosteriorRestore", "Restore", column + 1, restored(**restore)),
-        Node("PosteriorConsistency", "Consistency", column + 2, {"image": result, "measurement": MEASUREMENT}),
+        Node(
+            "PosteriorConsistency",
+            "Consistency",
+            column + 2,
+            {"image": result, "measurement": MEASUREMENT, "gain": float(gain)},
+        ),
         Node("PosteriorCompare", "Compare", column + 2, {"image": result, "truth": TRUTH}),
         Node("SaveImage", "Result", column + 3, {"images": result, "filename_prefix": "posterior"}),
     ]

@@ -1,285 +1,381 @@
-"""Draw "avatar" portraits: the data that the demo prior is trained and measured on. Needs numpy and Pillow only.
+"""Draw portraits: the data that the demo prior is trained and measured on. Needs numpy and Pillow only.
 
 A seed fixes a portrait through the order of its random draws. Adding, removing or moving one changes every picture, and with
-them the data that the shipped weights know.
+them the data that the weights know. Position, size, tilt and turn of the head, the light, hair, beards, clothes and hats vary;
+strands, knits and weaves carry detail finer than a pixel of a four times smaller picture.
 """
 
-import colorsys
 import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
+
+from .canvas import GRID, Canvas, Colour, Points, curve, ellipse, hsv, mix
+from .person import BALD, BUN, CAP, CURLY, FRINGE, HATS, LONG, SHORT, Person, Random, random_person
 
 VALIDATION_SEED = 1_000_000  # portraits from this seed on are never trained on
 SUPERSAMPLE = 3
-GRID = 128.0  # shapes are placed in units of 1/128 of the side
 
-Colour = tuple[int, int, int]
-Fill = tuple[int, ...] | int
-Random = np.random.Generator
-
-SKINS = ((255, 224, 196), (241, 194, 150), (224, 172, 120), (198, 134, 86), (150, 98, 62), (104, 68, 44))
-HAIRS = (
-    (38, 28, 24),
-    (84, 52, 30),
-    (140, 84, 40),
-    (206, 160, 84),
-    (168, 60, 36),
-    (150, 150, 156),
-    (60, 70, 150),
-    (190, 70, 130),
-)
-IRIS_HUES = (0.07, 0.3, 0.58, 0.6)
+IRISES = ((96, 58, 28), (70, 120, 60), (62, 104, 160), (110, 120, 130))
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
-EYE_WHITE, PUPIL, CLOSED_LID = (252, 252, 250), (15, 12, 12), (50, 30, 25)
-DARK_BROW, LIP, OPEN_MOUTH, TEETH = (60, 42, 32), (150, 40, 45), (110, 20, 30), (250, 250, 250)
-SKIN_SHADE, NOSE_SHADE, CHEEK, SHADOW = (60, 20, 10), (90, 30, 20), (230, 80, 90, 90), (20, 15, 30)
-
-SHORT, LONG, BALD, BUN, CAP = range(5)
+EYE_WHITE, PUPIL, LASH = (250, 250, 248), (16, 12, 12), (44, 28, 24)
+LIP, OPEN_MOUTH, TEETH = (172, 58, 62), (104, 22, 32), (250, 248, 244)
+SKIN_SHADE, BLUSH, FRAME, SHADOW = (84, 30, 24), (226, 92, 92), (38, 34, 44), (20, 15, 30)
 SIDES = (-1, 1)  # left and right in the picture
+DOWN = np.array([0.0, 1.0])
 
 
 def draw(seed: int, size: int = 128) -> np.ndarray:
     """The portrait of a seed, (size, size, 3) uint8. Other versions of Pillow may draw edges slightly differently."""
     rng = np.random.default_rng(seed)
-    side = size * SUPERSAMPLE
-    hue = rng.random()
-    picture = background(rng, hue, size).resize((side, side), Image.Resampling.BILINEAR)
-    person = random_person(rng, hue)
-    figure = Canvas(side)
-    hair_behind(figure, person)
+    person = random_person(rng)
+    picture = background(rng, person, size)
+    figure = Canvas(size * SUPERSAMPLE)
+    hair_behind(figure, rng, person)
     clothes(figure, rng, person)
-    head(figure, person)
-    hair_in_front(figure, rng, person)
+    figure.place(person.x, person.y, person.scale, person.roll)
+    head(figure, rng, person)
     face = eyes(figure, rng, person)
+    nose(figure, rng, person, face)
+    mouth(figure, rng, person)
+    hair_in_front(figure, rng, person)
     brows(figure, rng, person, face)
     glasses(figure, rng, person, face)
-    nose(figure, person, face)
-    cheeks(figure, rng, person, face)
-    mouth(figure, rng, person)
-    cast_shadow(picture, figure, size)
-    picture.paste(light(figure, rng), mask=figure.image.getchannel("A"))
-    return np.array(picture.resize((size, size), Image.Resampling.BOX))
-
-
-@dataclass(frozen=True)
-class Person:
-    """What the parts of a portrait have in common. (x, y) is the middle of the head, (rx, ry) its half axes, in grid units."""
-
-    hue: float
-    skin: Colour
-    hair: Colour
-    shirt: Colour
-    x: float
-    y: float
-    rx: float
-    ry: float
-    style: int
+    portrait = figure.image.resize((size, size), Image.Resampling.BOX)
+    cast_shadow(picture, portrait, person)
+    picture.paste(lit(portrait, person), mask=portrait.getchannel("A"))
+    return np.array(picture)
 
 
 @dataclass(frozen=True)
 class Eyes:
-    """Half the distance between the eyes, their height and their radius, in grid units."""
+    """The eyes' middles, left and right, and their half axes, in the head's own units."""
 
-    dx: float
-    y: float
-    radius: float
-
-
-class Canvas:
-    """A transparent (or, for masks, black) picture that takes shapes in grid units, as corners or as centre and half axes."""
-
-    def __init__(self, side: int, mode: str = "RGBA") -> None:
-        self.unit = side / GRID
-        self.show(Image.new(mode, (side, side)))
-
-    def show(self, image: Image.Image) -> None:
-        self.image = image
-        self.pen = ImageDraw.Draw(image)
-
-    def box(self, x0: float, y0: float, x1: float, y1: float) -> list[float]:
-        return [v * self.unit for v in (x0, y0, x1, y1)]
-
-    def width(self, width: float) -> int:
-        return int(width * self.unit)
-
-    def ellipse(self, x: float, y: float, rx: float, ry: float, fill: Fill) -> None:
-        self.pen.ellipse(self.box(x - rx, y - ry, x + rx, y + ry), fill=fill)
-
-    def ring(self, x: float, y: float, radius: float, colour: Colour, width: float) -> None:
-        box = self.box(x - radius, y - radius, x + radius, y + radius)
-        self.pen.ellipse(box, outline=colour, width=self.width(width))
-
-    def rectangle(self, x0: float, y0: float, x1: float, y1: float, fill: Fill, radius: float = 0) -> None:
-        self.pen.rounded_rectangle(self.box(x0, y0, x1, y1), radius=radius * self.unit, fill=fill)
-
-    def line(self, x0: float, y0: float, x1: float, y1: float, colour: Colour, width: float) -> None:
-        self.pen.line(self.box(x0, y0, x1, y1), fill=colour, width=self.width(width))
-
-    def arc(self, corners: tuple[float, ...], degrees: tuple[float, float], colour: Colour, width: float) -> None:
-        self.pen.arc(self.box(*corners), *degrees, fill=colour, width=self.width(width))
-
-    def pie(self, corners: tuple[float, ...], degrees: tuple[float, float], fill: Colour) -> None:
-        self.pen.pieslice(self.box(*corners), *degrees, fill=fill)
+    left: tuple[float, float]
+    right: tuple[float, float]
+    width: float
+    height: float
 
 
-def hsv(hue: float, saturation: float, value: float) -> Colour:
-    red, green, blue = colorsys.hsv_to_rgb(hue % 1, saturation, value)
-    return int(255 * red), int(255 * green), int(255 * blue)
-
-
-def mix(a: Colour, b: Colour, t: float) -> Colour:
-    red, green, blue = (int(x + (y - x) * t) for x, y in zip(a, b, strict=True))
-    return red, green, blue
-
-
-def background(rng: Random, hue: float, size: int) -> Image.Image:
-    """A smooth gradient between two colours, linear or radial."""
-    a = np.array(hsv(hue, rng.uniform(0.25, 0.65), rng.uniform(0.65, 0.98)), float)
-    b = np.array(hsv(hue + rng.uniform(-0.12, 0.12), rng.uniform(0.35, 0.8), rng.uniform(0.3, 0.65)), float)
+def background(rng: Random, p: Person, size: int) -> Image.Image:
+    """A smooth gradient of two colours; on some a wall of soft stripes, or lights out of focus."""
+    a = np.array(hsv(p.hue, rng.uniform(0.2, 0.6), rng.uniform(0.6, 0.95)), float)
+    b = np.array(hsv(p.hue + rng.uniform(-0.12, 0.12), rng.uniform(0.3, 0.7), rng.uniform(0.25, 0.6)), float)
     y, x = np.mgrid[0:size, 0:size] / (size - 1.0)
-    if rng.random() < 0.5:
-        angle = rng.uniform(0, 2 * math.pi)
-        t = ((x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle)) / 1.2 + 0.5
-    else:
-        cx, cy = rng.uniform(0.3, 0.7), rng.uniform(0.2, 0.6)
-        t = np.hypot(x - cx, y - cy) / 0.95
+    t = 0.5 - ((x - 0.5) * p.light[0] + (y - 0.5) * p.light[1]) / 1.3
+    kind = rng.integers(7)
+    if kind == 5:
+        t += 0.08 * np.tanh(2 * np.sin(2 * math.pi * (x * rng.integers(5, 9) + rng.random())))
+    if kind == 6:
+        for _ in range(5):
+            cx, cy, r = rng.uniform(0, 1), rng.uniform(0, 0.8), rng.uniform(0.06, 0.13)
+            t -= 0.16 / (1 + np.exp(np.clip((np.hypot(x - cx, y - cy) - r) * 90, -40, 40)))
     t = np.clip(t, 0, 1)[..., None]
-    t = t * t * (3 - 2 * t)
-    return Image.fromarray((a + (b - a) * t).astype(np.uint8))
+    return Image.fromarray((a + (b - a) * t * t * (3 - 2 * t)).astype(np.uint8))
 
 
-def random_person(rng: Random, hue: float) -> Person:
-    base = SKINS[rng.integers(len(SKINS))]
-    red, green, blue = (int(np.clip(c + rng.uniform(-8, 8), 0, 255)) for c in base)
-    return Person(
-        hue=hue,
-        skin=(red, green, blue),
-        hair=HAIRS[rng.integers(len(HAIRS))],
-        shirt=hsv(hue + rng.uniform(0.25, 0.75), rng.uniform(0.5, 0.85), rng.uniform(0.45, 0.9)),
-        x=64 + rng.uniform(-6, 6),
-        y=60 + rng.uniform(-4, 4),
-        rx=rng.uniform(25, 31),
-        ry=rng.uniform(31, 37),
-        style=int(rng.integers(5)),
-    )
+def strands(figure: Canvas, mask: Canvas, lines: list[Points], colour: Colour, width: float) -> None:
+    """Fill the mask with hair: its colour, with the lines in turn lighter and darker."""
+    layer = figure.layer(colour)
+    tones = (mix(colour, WHITE, 0.05), mix(colour, BLACK, 0.1))
+    for i, points in enumerate(lines):
+        layer.line(points, tones[i % 2], width)
+    figure.paint(mask, layer)
 
 
-def hair_behind(figure: Canvas, p: Person) -> None:
+def wave(x: float, top: float, bottom: float, swing: float, phase: float) -> Points:
+    """A lock of hair that hangs down from (x, top)."""
+    y = np.linspace(top, bottom, 16)
+    return np.stack([x + swing * np.sin(phase + (y - top) / 7), y], 1)
+
+
+def curls(figure: Canvas, rng: Random, outline: Points, hole: Points | None, colour: Colour) -> None:
+    """Curly hair: a scalloped outline, filled with small rings."""
+    mask = figure.mask()
+    mask.polygon(outline, 255)
+    for x, y in outline[::2]:
+        mask.ellipse(x, y, 4, 4, 255)
+    if hole is not None:
+        mask.polygon(hole, 0)
+    (left, top), (right, bottom) = outline.min(0), outline.max(0)
+    rings, shift = [], rng.uniform(0, 5, 2)
+    for row, y in enumerate(np.arange(top - 6, bottom + 6, 4.6)):
+        for x in np.arange(left - 8, right + 8, 5.2):
+            rings.append(ellipse(x + shift[0] + 2.6 * (row % 2), y + shift[1], 2.1, 1.9)[:26:2])
+    strands(figure, mask, rings, colour, 0.9)
+
+
+def hair_behind(figure: Canvas, rng: Random, p: Person) -> None:
+    """The hair that the head covers."""
+    figure.place(p.x, p.y, p.scale, p.roll)
     if p.style == LONG:
-        corners = (p.x - p.rx - 8, p.y - p.ry - 6, p.x + p.rx + 8, p.y + p.ry + 18)
-        figure.rectangle(*corners, fill=mix(p.hair, BLACK, 0.25), radius=28)
+        half, bottom = p.rx + rng.uniform(5, 9), p.ry + rng.uniform(2, 22)
+        mask = figure.mask()
+        mask.ellipse(0, -6, half, p.ry + 4, 255)
+        mask.polygon(
+            np.array(
+                [
+                    (-half, -6),
+                    (half, -6),
+                    (half + 2, bottom - 4),
+                    (half - 6, bottom),
+                    (6 - half, bottom),
+                    (-half - 2, bottom - 4),
+                ]
+            ),
+            255,
+        )
+        swing, phase = rng.uniform(0, 2.2), rng.uniform(0, 6)
+        lines = [wave(x, -p.ry - 12, bottom + 4, swing, phase) for x in np.arange(-half - 3, half + 4, 1.9)]
+        strands(figure, mask, lines, mix(p.hair, BLACK, 0.22), 0.8)
+    if p.style == CURLY:
+        grow = rng.uniform(6, 13)
+        curls(figure, rng, p.outline(grow) * (1, 0.86) - 7 * DOWN, None, mix(p.hair, BLACK, 0.12))
     if p.style == BUN:
-        figure.ellipse(p.x, p.y - p.ry - 9, 12, 11, p.hair)
+        x, y, radius = rng.uniform(-8, 8), -p.ry - 8, rng.uniform(9, 12)
+        mask = figure.mask()
+        mask.ellipse(x, y, radius, radius * 0.92, 255)
+        lines = [curve((x - radius, y + d), (x, y + 2.4 * d - 3), (x + radius, y + d)) for d in np.arange(-radius, radius, 1.7)]
+        strands(figure, mask, lines, mix(p.hair, BLACK, 0.1), 0.8)
 
 
 def clothes(figure: Canvas, rng: Random, p: Person) -> None:
-    """Shoulders, the neck on them, and for some a stripe across the shirt."""
-    half = rng.uniform(42, 52)
-    top = p.y + p.ry + 10
-    figure.rectangle(p.x - half, top, p.x + half, 160, fill=p.shirt, radius=26)
-    figure.rectangle(p.x - 10, p.y + p.ry - 8, p.x + 10, top + 8, fill=mix(p.skin, SKIN_SHADE, 0.22), radius=9)
-    if rng.random() < 0.4:
-        figure.rectangle(p.x - half + 6, top + 17, p.x + half - 6, top + 22, fill=mix(p.shirt, WHITE, 0.65))
+    """Shoulders in a patterned cloth, and the neck on them."""
+    figure.place(p.x + 2 * p.turn, p.y, p.scale)
+    half, top, drop = rng.uniform(40, 50), p.ry + rng.uniform(8, 12), rng.uniform(5, 11)
+    bottom = (GRID - p.y) / p.scale + 4
+    colour = hsv(p.hue + rng.uniform(0.25, 0.75), rng.uniform(0.35, 0.8), rng.uniform(0.4, 0.9))
+    right = np.concatenate([curve((9, top - 2), (half - 8, top + 1), (half, top + drop + 6)), [(half + 4, bottom)]])
+    mask = figure.mask()
+    mask.polygon(np.concatenate([right, (right * (-1, 1))[::-1]]), 255)
+    cloth = figure.layer(colour)
+    weave(cloth, rng, colour, half, top, bottom)
+    figure.paint(mask, cloth)
+    neck = mix(p.skin, SKIN_SHADE, 0.26)
+    figure.polygon(
+        np.array([(-10, p.ry - 12), (10, p.ry - 12), (10.5, top), (0, top + rng.uniform(6, 13)), (-10.5, top)]), neck
+    )
+    trim = mix(colour, BLACK, 0.3) if rng.random() < 0.5 else mix(colour, WHITE, 0.5)
+    if rng.random() < 0.6:
+        figure.line(curve((-11, top - 2), (0, top + 18), (11, top - 2)), trim, 3)
 
 
-def head(figure: Canvas, p: Person) -> None:
+def weave(cloth: Canvas, rng: Random, colour: Colour, half: float, top: float, bottom: float) -> None:
+    """Plain, stripes, checks, dots or a knit."""
+    kind = rng.integers(6)
+    other = mix(colour, WHITE, rng.uniform(0.08, 0.18)) if rng.random() < 0.6 else mix(colour, BLACK, rng.uniform(0.08, 0.16))
+    step, start = rng.uniform(5.5, 8.5), rng.random()
+    across = np.arange(-10, 10) + start
+    if kind in (1, 2):
+        for y in top + step * np.arange(0, 8) + step * start:
+            cloth.line(np.array([(-half - 6, y), (half + 6, y)]), other, step * 0.36)
+    if kind == 2:
+        for x in across * step:
+            cloth.line(np.array([(x, top - 6), (x, bottom)]), mix(colour, other, 0.6), step * 0.36)
+    if kind == 3:
+        for row in range(8):
+            for x in (across + 0.5 * (row % 2)) * step * 1.25:
+                cloth.ellipse(x, top + (row + start) * step, step * 0.24, step * 0.24, other)
+    if kind == 4:
+        for i in range(-26, 26):
+            x = (i + start) * 2.1
+            y = np.arange(top - 6, bottom + 3, 1.5)
+            cloth.line(np.stack([x + 0.7 * (np.arange(len(y)) % 2), y], 1), mix(colour, BLACK, 0.08), 0.8)
+
+
+def head(figure: Canvas, rng: Random, p: Person) -> None:
+    """Ears and the head, shaded as a ball in the light, with red cheeks or a beard on some."""
     for side in SIDES:
-        figure.ellipse(p.x + side * p.rx, p.y + 4, 6, 8, mix(p.skin, SKIN_SHADE, 0.12))
-    figure.ellipse(p.x, p.y, p.rx, p.ry, p.skin)
+        x = side * (p.rx - 0.5) - 2.2 * p.turn
+        figure.ellipse(x, 3, 5.2, 7.2, mix(p.skin, SKIN_SHADE, 0.14))
+        figure.ellipse(x + side * 0.4, 3, 2.6, 4.2, mix(p.skin, SKIN_SHADE, 0.3))
+    if p.style != CURLY and rng.random() < 0.3:
+        gem = hsv(rng.random(), 0.5, 0.95)
+        for side in SIDES:
+            figure.ellipse(side * (p.rx + 0.5) - 2.2 * p.turn, 12, 1.9, 1.9, gem)
+    mask = figure.mask()
+    mask.polygon(p.outline(), 255)
+    x, y = np.meshgrid(*[np.arange(0, figure.image.width, SUPERSAMPLE) + SUPERSAMPLE / 2] * 2)
+    place = (np.stack([x, y], -1) - figure.offset) @ np.linalg.inv(figure.matrix) / (p.rx, p.ry)
+    depth = np.sqrt(np.clip(1.15 - (place**2).sum(-1), 0, None))
+    c, s = math.cos(p.roll), math.sin(p.roll)
+    light = np.array([p.light[0] * c - p.light[1] * s, p.light[0] * s + p.light[1] * c])
+    shade = 1 + p.contrast * (0.9 * place @ light + 0.7 * depth - 0.9)
+    ball = Image.fromarray(np.clip(shade[..., None] * p.skin, 0, 255).astype(np.uint8))
+    figure.image.paste(ball.resize(figure.image.size, Image.Resampling.BILINEAR), mask=mask.image)
+    if rng.random() < 0.4:
+        cheeks = figure.mask()
+        for side in SIDES:
+            cheeks.ellipse(p.face_x + side * 0.5 * p.rx, 11, 6, 4.5, 255)
+        figure.paint(cheeks, mix(p.skin, BLUSH, 0.45), 0.6)
+    if p.style in (BALD, SHORT, *HATS) and rng.random() < 0.45:
+        beard(figure, rng, p)
 
 
-def hair_in_front(figure: Canvas, rng: Random, p: Person) -> None:
-    if p.style in (SHORT, LONG, BUN):
-        # A shape a little larger than the head, less the face and all that is below the eyes.
-        mask = Canvas(figure.image.width, "L")
-        mask.ellipse(p.x, p.y - 3, p.rx + 4, p.ry + 4, 255)
-        parting = rng.uniform(-10, 10)
-        mask.ellipse(p.x + parting, p.y + 14, p.rx * 1.02, p.ry * 1.02, 0)
-        mask.rectangle(0, p.y + 6, GRID, GRID, fill=0)
-        figure.image.paste((*p.hair, 255), mask=mask.image)
-    elif p.style == CAP:
-        colour = hsv(p.hue + rng.uniform(0.3, 0.7), 0.7, rng.uniform(0.5, 0.9))
-        figure.pie((p.x - p.rx - 4, p.y - p.ry - 8, p.x + p.rx + 4, p.y + p.ry - 14), (180, 360), colour)
-        side = 1 if rng.random() < 0.5 else -1
-        back, front = p.x - side * (p.rx + 4), p.x + side * (p.rx + 18)
-        figure.rectangle(min(back, front), p.y - 15, max(back, front), p.y - 9, fill=mix(colour, BLACK, 0.3), radius=3)
+def beard(figure: Canvas, rng: Random, p: Person) -> None:
+    x, top = p.face_x, rng.uniform(2, 8)
+    mask = figure.mask()
+    mask.polygon(p.outline(1.2), 255)
+    mask.polygon(np.array([(-60, -60), (60, -60), (60, top), (-60, top)]), 0)
+    mask.ellipse(x, top - 2, p.rx * 0.84, 13, 0)
+    mask.ellipse(x, p.ry * 0.47, 11, 4, 255)
+    lines = [curve((x + 0.8 * a, 4), (x + a, 20), (x + 1.05 * a, p.ry + 4)) for a in np.arange(-p.rx - 4, p.rx + 5, 1.9)]
+    strands(figure, mask, lines, mix(p.hair, BLACK, 0.12), 0.8)
 
 
 def eyes(figure: Canvas, rng: Random, p: Person) -> Eyes:
-    e = Eyes(dx=p.rx * rng.uniform(0.40, 0.48), y=p.y + rng.uniform(0, 4), radius=rng.uniform(5.2, 6.6))
-    iris = hsv(rng.choice(IRIS_HUES), rng.uniform(0.5, 0.9), rng.uniform(0.3, 0.7))
-    gaze = rng.uniform(-1.6, 1.6)
-    wink = rng.random() < 0.08
-    for side in SIDES:
-        x = p.x + side * e.dx
-        if wink and side == 1:
-            figure.arc((x - e.radius, e.y - e.radius * 0.6, x + e.radius, e.y + e.radius), (190, 350), CLOSED_LID, 2)
+    width, height = rng.uniform(5.2, 6.6), rng.uniform(3.7, 5.2)
+    dx, y = p.rx * rng.uniform(0.41, 0.47), rng.uniform(-1, 3)
+    near, far = 1 + 0.1 * p.turn, 1 - 0.1 * p.turn
+    e = Eyes((p.face_x - dx * near, y), (p.face_x + dx * far, y), width, height)
+    iris = mix(IRISES[rng.integers(len(IRISES))], BLACK, rng.uniform(0, 0.3))
+    gaze = np.array([rng.uniform(-1.4, 1.4) + 0.5 * p.turn, rng.uniform(-0.7, 0.7)])
+    closed = rng.random()
+    for side, middle in ((-1, e.left), (1, e.right)):
+        x, y = middle
+        if closed < 0.03 or (closed < 0.08 and side == 1):
+            figure.line(curve((x - width, y), (x, y + height * 0.9), (x + width, y)), LASH, 1.8)
             continue
-        figure.ellipse(x, e.y, e.radius, e.radius * 0.82, EYE_WHITE)
-        figure.ellipse(x + gaze, e.y, e.radius * 0.58, e.radius * 0.58, iris)
-        figure.ellipse(x + gaze, e.y, e.radius * 0.28, e.radius * 0.28, PUPIL)
-        figure.ellipse(x + gaze + 1.2, e.y - 1.4, 0.9, 0.9, WHITE)
+        figure.ellipse(x, y, width, height, EYE_WHITE)
+        for radius, colour in ((0.62, iris), (0.3, PUPIL)):
+            disc = ellipse(*gaze, radius * 5.6, radius * 5.6)
+            lid = height * np.sqrt(np.clip(1 - (disc[:, 0] / width) ** 2, 0, 1))  # the eye's edge above and below
+            figure.polygon(np.stack([x + disc[:, 0], y + np.clip(disc[:, 1], -lid, lid)], 1), colour)
+        figure.ellipse(x + gaze[0] + 1.3, y + gaze[1] - 1.4, 0.9, 0.9, WHITE)
+        lid = ellipse(x, y, width + 0.3, height + 0.3)[20:]
+        figure.line(np.concatenate([lid, ellipse(x, y, width + 0.3, height + 0.3)[:1]]), LASH, 1.5)
     return e
 
 
-def brows(figure: Canvas, rng: Random, p: Person, e: Eyes) -> None:
-    colour = DARK_BROW if p.style in (BALD, CAP) else p.hair
-    tilt = rng.uniform(-2.5, 2.5)
-    y = e.y - e.radius - rng.uniform(3, 5)
-    for side in SIDES:
-        inner, outer = p.x + side * (e.dx - e.radius), p.x + side * (e.dx + e.radius)
-        figure.line(inner, y + tilt * 0.5, outer, y - tilt * 0.5, colour, 2.6)
-
-
-def glasses(figure: Canvas, rng: Random, p: Person, e: Eyes) -> None:
-    if rng.random() < 0.3:
-        colour = hsv(rng.random(), 0.5, 0.25)
-        radius = e.radius + 3.4
-        for side in SIDES:
-            figure.ring(p.x + side * e.dx, e.y, radius, colour, 2)
-        figure.line(p.x - e.dx + radius, e.y, p.x + e.dx - radius, e.y, colour, 2)
-
-
-def nose(figure: Canvas, p: Person, e: Eyes) -> None:
-    figure.arc((p.x - 4, e.y + 3, p.x + 4, e.y + 13), (20, 160), mix(p.skin, NOSE_SHADE, 0.45), 2)
-
-
-def cheeks(figure: Canvas, rng: Random, p: Person, e: Eyes) -> None:
-    if rng.random() < 0.5:
-        blush = Canvas(figure.image.width)
-        for side in SIDES:
-            blush.ellipse(p.x + side * (e.dx + 3), e.y + 12.5, 6, 4.5, CHEEK)
-        figure.show(Image.alpha_composite(figure.image, blush.image))
+def nose(figure: Canvas, rng: Random, p: Person, e: Eyes) -> None:
+    x, y, half = p.face_x + 2.6 * p.turn, e.left[1] + rng.uniform(9, 12), rng.uniform(2.8, 4.6)
+    shade = mix(p.skin, SKIN_SHADE, 0.42)
+    side = -1 if p.light[0] > 0 else 1  # the side in the shade
+    figure.line(
+        curve((x + side * 1.2, e.left[1] + 2), (x + side * 2.2, y - 3), (x + side * half, y)), mix(p.skin, SKIN_SHADE, 0.2), 1.4
+    )
+    figure.line(curve((x - half, y), (x, y + 3.4), (x + half, y)), shade, 1.9)
 
 
 def mouth(figure: Canvas, rng: Random, p: Person) -> None:
-    """A smile, a flat mouth, a laugh with teeth, or an "o"."""
-    y = p.y + p.ry * rng.uniform(0.50, 0.58)
-    half = rng.uniform(8, 13)
-    kind = rng.integers(4)
-    if kind == 0:
-        figure.arc((p.x - half, y - 7, p.x + half, y + 5), (15, 165), LIP, 2.6)
-    elif kind == 1:
-        figure.line(p.x - half * 0.8, y, p.x + half * 0.8, y, LIP, 2.6)
-    elif kind == 2:
-        figure.pie((p.x - half, y - 8, p.x + half, y + 8), (0, 180), OPEN_MOUTH)
-        figure.rectangle(p.x - half * 0.75, y, p.x + half * 0.75, y + 2.4, fill=TEETH)
+    """Closed and anything from sad to smiling, or open in a laugh or an "o"."""
+    x, y, half = p.face_x + 0.6 * p.turn, p.ry * rng.uniform(0.54, 0.62), rng.uniform(6.5, 11)
+    lip = mix(LIP, p.skin, rng.uniform(0.0, 0.35))
+    kind = rng.integers(5)
+    if kind < 3:
+        bend = rng.uniform(-4, 9)
+        figure.line(curve((x - half, y - bend * 0.3), (x, y + bend * 0.7), (x + half, y - bend * 0.3)), lip, 2.4)
+    elif kind == 3:
+        low = rng.uniform(9, 15)
+        upper, lower = (
+            curve((x - half, y - 3), (x, y - 1), (x + half, y - 3)),
+            curve((x + half, y - 3), (x, y + low), (x - half, y - 3)),
+        )
+        figure.polygon(np.concatenate([upper, lower]), OPEN_MOUTH)
+        teeth = curve((x + half * 0.86, y - 1.6), (x, y + 2.8), (x - half * 0.86, y - 1.6))
+        figure.polygon(
+            np.concatenate([curve((x - half * 0.86, y - 2.6), (x, y - 1), (x + half * 0.86, y - 2.6)), teeth]), TEETH
+        )
+        figure.line(np.concatenate([upper, lower]), lip, 1.2)
     else:
-        figure.ellipse(p.x, y + 1, half * 0.42, half * 0.5, OPEN_MOUTH)
+        figure.ellipse(x, y, half * 0.46, half * 0.55, lip)
+        figure.ellipse(x, y, half * 0.3, half * 0.38, OPEN_MOUTH)
 
 
-def cast_shadow(picture: Image.Image, figure: Canvas, size: int) -> None:
-    """Darken the background under the figure's blurred outline, a little right and below."""
-    outline = figure.image.getchannel("A").resize((size, size)).filter(ImageFilter.GaussianBlur(4))
-    shade = outline.point(lambda v: int(v * 0.45)).resize(picture.size, Image.Resampling.BILINEAR)
-    offset = int(3 * figure.unit)
-    picture.paste(SHADOW, (offset, offset), shade)
+def hair_in_front(figure: Canvas, rng: Random, p: Person) -> None:
+    part = rng.uniform(-11, 11)
+    grow = rng.uniform(2, 4.5)
+    if p.style in (SHORT, LONG, BUN, FRINGE):
+        mask = figure.mask()
+        mask.polygon(p.outline(grow) - 2 * DOWN, 255)
+        low = rng.uniform(-2, 8) if p.style != BUN else -6
+        line = rng.uniform(11, 14) if p.style != FRINGE else rng.uniform(15, 18)
+        mask.polygon(np.array([(-60, low), (60, low), (60, 60), (-60, 60)]), 0)
+        if p.style == FRINGE:
+            brow = -p.ry + line + 5
+            face = curve((-p.rx * 0.86, brow + 3), (p.face_x, brow - 2), (p.rx * 0.86, brow + 3))
+            mask.polygon(np.concatenate([face, [(p.rx * 0.8, 50), (-p.rx * 0.8, 50)]]), 0)
+        else:
+            mask.ellipse(part * 0.8 + p.face_x * 0.6, line, p.rx * 0.98, p.ry * 0.99, 0)
+        ends = np.arange(-1.3, 1.31, 0.075) * p.rx
+        lines = [curve((part, -p.ry - 5), (part + 0.9 * (x - part), -p.ry - 2), (x, 8 - abs(x) * 0.1)) for x in ends]
+        strands(figure, mask, lines, p.hair, 0.8)
+    elif p.style == CURLY:
+        top = p.outline(4)
+        top = np.concatenate([top[36:], top[:1]]) - 3 * DOWN
+        hole = ellipse(part * 0.4 + p.face_x * 0.6, 10, p.rx * 0.96, p.ry * 0.95)
+        curls(figure, rng, top, hole, p.hair)
+    elif p.style in HATS:
+        hat(figure, rng, p)
 
 
-def light(figure: Canvas, rng: Random) -> Image.Image:
-    """The figure's colours, lit from the left or from the right."""
-    ends = (1.06, 0.86) if rng.random() < 0.5 else (0.86, 1.06)
-    lit = np.asarray(figure.image)[..., :3] * np.linspace(*ends, figure.image.width)[None, :, None]
-    return Image.fromarray(np.clip(lit, 0, 255).astype(np.uint8))
+def hat(figure: Canvas, rng: Random, p: Person) -> None:
+    colour = hsv(p.hue + rng.uniform(0.3, 0.7), rng.uniform(0.4, 0.75), rng.uniform(0.45, 0.9))
+    y, half = -p.ry * rng.uniform(0.42, 0.52), p.rx + 2.5
+    dome = np.concatenate(
+        [curve((-half, y), (-half, -p.ry - 9), (0, -p.ry - 9), 20), curve((0, -p.ry - 9), (half, -p.ry - 9), (half, y), 20)]
+    )
+    mask = figure.mask()
+    mask.polygon(np.concatenate([dome, curve((half, y), (p.face_x, y + 3), (-half, y))]), 255)
+    if p.style == CAP:
+        lines = [curve((0, -p.ry - 9), (1.3 * x, -p.ry - 4), (x, y + 3)) for x in (-0.55 * half, 0.55 * half)]
+        figure.paint(mask, colour)
+        for points in lines:
+            figure.line(points, mix(colour, BLACK, 0.25), 1)
+        figure.ellipse(p.face_x, y - 9, 5, 5, mix(colour, WHITE, 0.7))
+        front = p.turn + (0.35 if p.turn > 0 else -0.35)  # the peak points where the face looks
+        tip = front * 15
+        peak = np.concatenate(
+            [
+                curve((-half + 2, y - 1), (tip, y - 5), (half - 2, y - 1)),
+                curve((half - 2, y - 1), (tip * 1.6, y + 11), (-half + 2, y - 1)),
+            ]
+        )
+        figure.polygon(peak, mix(colour, BLACK, 0.35))
+        return
+    shift = rng.uniform(0, 3)
+    ribs = [
+        curve((0.3 * x, -p.ry - 10), (1.15 * x, -p.ry - 2), (x, y + 4)) for x in np.arange(-half - 3, half + 3, 2.7) + shift
+    ]
+    strands(figure, mask, ribs, colour, 0.9)
+    band = curve((-half - 1, y - 3), (p.face_x, y), (half + 1, y - 3))
+    figure.line(band, mix(colour, WHITE, 0.35), 7)
+    if rng.random() < 0.5:
+        figure.ellipse(0, -p.ry - 10, 6, 6, mix(colour, WHITE, 0.6))
+
+
+def brows(figure: Canvas, rng: Random, p: Person, e: Eyes) -> None:
+    colour = mix(p.hair, BLACK, 0.3)
+    tilt, lift = rng.uniform(-2.2, 2.2), rng.uniform(2.8, 5)
+    for side, (x, y) in ((-1, e.left), (1, e.right)):
+        inner, outer = (x - side * e.width, y - e.height - lift + tilt), (x + side * e.width, y - e.height - lift - tilt * 0.3)
+        figure.line(curve(inner, (x, y - e.height - lift - 2), outer), colour, 2.3)
+
+
+def glasses(figure: Canvas, rng: Random, p: Person, e: Eyes) -> None:
+    if rng.random() >= 0.25:
+        return
+    colour = FRAME if rng.random() < 0.5 else hsv(rng.random(), 0.6, 0.45)
+    rx, ry = e.width + 2.6, e.height + rng.uniform(2, 4)
+    for x, y in (e.left, e.right):
+        ring = ellipse(x, y + 0.5, rx, ry)
+        figure.line(np.concatenate([ring, ring[:2]]), colour, 1.8)
+    y = e.left[1]
+    figure.line(np.array([(e.left[0] + rx, y), (e.right[0] - rx, y)]), colour, 1.8)
+    for side, x in ((-1, e.left[0] - rx), (1, e.right[0] + rx)):
+        figure.line(np.array([(x, y), (side * p.rx - 1.5 * p.turn, y - 1)]), colour, 1.8)
+
+
+def cast_shadow(picture: Image.Image, portrait: Image.Image, p: Person) -> None:
+    """Darken the background under the portrait's blurred outline, away from the light."""
+    unit = portrait.width / GRID
+    shade = portrait.getchannel("A").filter(ImageFilter.GaussianBlur(4 * unit)).point(lambda v: int(v * 0.4))
+    picture.paste(SHADOW, tuple(round(-4 * unit * v) for v in p.light), shade)
+
+
+def lit(portrait: Image.Image, p: Person) -> Image.Image:
+    """The portrait's colours, brighter towards the light."""
+    place = np.linspace(-1, 1, portrait.width)
+    gain = 1 + 0.45 * p.contrast * (place[None, :] * p.light[0] + place[:, None] * p.light[1])
+    return Image.fromarray(np.clip(np.asarray(portrait)[..., :3] * gain[..., None], 0, 255).astype(np.uint8))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..scenes import VALIDATION_SEED, draw
+from ..draw import VALIDATION_SEED, draw
 
 BLOCK = 256
 

@@ -22,7 +22,7 @@ def test_autoencoder_round_trip(prior: Prior, pictures: Tensor) -> None:
     assert float(latents.std()) == pytest.approx(1, abs=0.15)
     error = (autoencoder.decode(latents).clamp(-1, 1) - pictures[:8]) / 2
     psnr = -10 * error.square().mean((1, 2, 3)).log10()
-    assert float(psnr.mean()) >= 29.5, psnr  # measured: 30.2
+    assert float(psnr.mean()) >= 32.5, psnr  # measured: 33.1
 
 
 def test_unet_predicts_the_noise(prior: Prior, pictures: Tensor) -> None:
@@ -32,7 +32,7 @@ def test_unet_predicts_the_noise(prior: Prior, pictures: Tensor) -> None:
     t = torch.linspace(5, 994, len(latents)).long()
     alpha = alphas_cumprod()[t].float()[:, None, None, None]
     mse = (unet(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, t) - noise).square().mean()
-    assert float(mse) <= 0.051  # measured: 0.0493
+    assert float(mse) <= 0.0705  # measured: 0.0683
 
 
 def test_noise_levels_are_those_of_stable_diffusion() -> None:

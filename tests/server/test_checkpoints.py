@@ -17,9 +17,9 @@ from support.server_prompts import (
     relink,
     restore,
     run,
-    shipped,
     stock,
     titled,
+    with_psld,
 )
 from support.tiny_checkpoints import write_checkpoint
 
@@ -61,9 +61,9 @@ def check_unchanged(server: Server, prompt: Prompt, loader: str) -> None:
 def test_stock_samplers_are_the_same_around_our_nodes(server: Server, count: Callable[[int, int], int]) -> None:
     """All with one model object in the server's cache: stock pictures, PSLD, C-PiGDM and Restore, and the stock pictures again."""
     loader, names = "Load Demo Prior", STOCK[: count(5, len(STOCK))]
-    before = {name: run(server, stock(shipped(WORKFLOW, 4), name)) for name in names}
+    before = {name: run(server, stock(with_psld(WORKFLOW, 4), name)) for name in names}
     assert len({picture.tobytes() for picture in before.values()}) == len(names)
-    psld, other, whole = (shipped(WORKFLOW, 4) for _ in range(3))
+    psld, other, whole = (with_psld(WORKFLOW, 4) for _ in range(3))
     cpigdm(other, tau=1.0)
     restore(whole, method="PSLD", seed=21)
     for prompt in (psld, other):
@@ -71,22 +71,22 @@ def test_stock_samplers_are_the_same_around_our_nodes(server: Server, count: Cal
     whole = keep(whole, "Result")
     assert len(server.run(whole)[titled(whole, "Result")]["images"]) == 1
     for name in names:
-        assert np.array_equal(run(server, stock(shipped(WORKFLOW, 4), name), cached=(loader,)), before[name]), name
+        assert np.array_equal(run(server, stock(with_psld(WORKFLOW, 4), name), cached=(loader,)), before[name]), name
 
 
 def test_demo_prior_is_unchanged_by_a_run(server: Server) -> None:
-    check_unchanged(server, shipped(WORKFLOW, SHORT), "Load Demo Prior")
+    check_unchanged(server, with_psld(WORKFLOW, SHORT), "Load Demo Prior")
 
 
 def test_checkpoint_is_unchanged_by_a_run(server: Server, tiny: str) -> None:
-    prompt = shipped(WORKFLOW, 2)
+    prompt = with_psld(WORKFLOW, 2)
     checkpoint = add(prompt, "Load Checkpoint", "CheckpointLoaderSimple", ckpt_name=tiny)
     relink(prompt, titled(prompt, "Load Demo Prior"), checkpoint, slots=(0, 2))  # it has no text encoder
     check_unchanged(server, prompt, "Load Checkpoint")
 
 
 def test_exported_checkpoint_gives_the_same_picture(server: Server, exported: str) -> None:
-    prompt = shipped(WORKFLOW, SHORT)
+    prompt = with_psld(WORKFLOW, SHORT)
     # The line search goes by a decoder that is piecewise linear: it makes 46 dB of the rounding of a float16 file.
     paper_rule(prompt)
     expected = run(server, prompt)

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import websocket
-from support.server_prompts import SHORT, WORKFLOWS, add, inputs, keep, run, shipped, titled
+from support.server_prompts import SHORT, add, inputs, keep, run, shipped, titled, with_psld
 
 from dev.server import PromptFailed, Server
 
 
 def estimate(server: Server, **values: Any) -> tuple[str, dict[str, float]]:
     """The text of a Memory Estimate of the demo prior, and the GB it names for each mode."""
-    prompt = shipped(WORKFLOWS[0])
+    prompt = shipped("inpaint_box")
     loader = titled(prompt, "Load Demo Prior")
     given = {"model": [loader, 0], "vae": [loader, 2], "batch": 0, "guidance": True}
     given |= {"measurement": [titled(prompt, "Measure (simulate)"), 0], **values}
@@ -46,21 +46,21 @@ def test_estimate_needs_a_size(server: Server) -> None:
 def test_memory_modes_give_the_same_picture(server: Server) -> None:
     pictures = []
     for memory in ("fastest", "lowest"):
-        prompt = shipped(WORKFLOWS[0], SHORT)
+        prompt = with_psld("inpaint_box", SHORT)
         inputs(prompt, "PSLD Sampler").update(memory=memory, check_gradients=True)
         pictures.append(run(server, prompt).astype(int))
     assert int(np.abs(pictures[1] - pictures[0]).max()) <= 1
 
 
 def test_unknown_mode_is_refused(server: Server) -> None:
-    prompt = shipped(WORKFLOWS[0], SHORT)
+    prompt = with_psld("inpaint_box", SHORT)
     inputs(prompt, "PSLD Sampler")["memory"] = "balanced"
     with pytest.raises(PromptFailed, match=r"PosteriorSamplerPSLD.*memory"):
         server.run(keep(prompt, "Result"))
 
 
 def test_sampler_node_shows_its_progress(server: Server) -> None:
-    prompt = shipped(WORKFLOWS[0], SHORT)
+    prompt = with_psld("inpaint_box", SHORT)
     inputs(prompt, "Noise")["run"] = "read-out"
     texts = server_texts(server, prompt)
     node = titled(prompt, "PSLD Sampler")

@@ -3,7 +3,7 @@
 import re
 
 import numpy as np
-from support.server_prompts import SHORT, Prompt, add, inputs, keep, paper_rule, picture, run, shipped, titled
+from support.server_prompts import SHORT, Prompt, add, inputs, keep, paper_rule, picture, run, titled, with_psld
 
 from dev.server import Server
 
@@ -23,7 +23,7 @@ def residuals(outputs: dict, prompt: Prompt) -> list[float]:
 
 def test_small_photo_becomes_a_large_picture(server: Server) -> None:
     """16 x 16 in, 128 x 128 out, which made smaller again is the photo; the same picture as from the simulation."""
-    simulated, own = shipped("super_resolution_x8", SHORT), shipped("super_resolution_x8", SHORT)
+    simulated, own = with_psld("super_resolution_x8", SHORT), with_psld("super_resolution_x8", SHORT)
     for prompt in (simulated, own):
         paper_rule(prompt)  # the line search makes visible differences of rounding: its decoder is piecewise linear
     own_photo(own)
@@ -38,7 +38,7 @@ def test_small_photo_becomes_a_large_picture(server: Server) -> None:
 
 def test_what_stands_under_the_mask_does_not_matter(server: Server) -> None:
     """A photo with a scribble in the hole gives the same result as one with grey there."""
-    grey, scribble = shipped("inpaint_box", SHORT), shipped("inpaint_box", SHORT)
+    grey, scribble = with_psld("inpaint_box", SHORT), with_psld("inpaint_box", SHORT)
     own_photo(grey)
     own_photo(scribble)
     inputs(scribble, "own")["photo"] = [titled(scribble, "Demo Pictures"), 0]  # here the truth itself
@@ -48,7 +48,7 @@ def test_what_stands_under_the_mask_does_not_matter(server: Server) -> None:
 
 def test_two_photos_of_one_picture(server: Server) -> None:
     """A sharp black-and-white photo and a small colour one, together: both are met, and the result nearly is the truth."""
-    prompt = shipped("super_resolution_x8", SHORT)
+    prompt = with_psld("super_resolution_x8", SHORT)
     truth, small = inputs(prompt, "Measure (simulate)")["image"], titled(prompt, "Measure (simulate)")
     grey = add(prompt, "grey", "PosteriorGrayscale", weights="Rec.709")
     measure = {"image": truth, "operator": [grey, 0], "noise": "Gaussian", "noise.sigma": 0.0, "seed": 0}

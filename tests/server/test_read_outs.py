@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import websocket
 from PIL import Image
-from support.server_prompts import SHORT, Prompt, add, inputs, keep, picture, shipped, titled
+from support.server_prompts import SHORT, Prompt, add, inputs, keep, picture, titled, with_psld
 
 from dev.server import PromptFailed, Server
 from operators import load_measurement, save_measurement
@@ -205,7 +205,7 @@ WITH_NODE = 4  # the kind of a binary message with a picture for one node
 
 
 def test_the_sampler_node_shows_the_residual_of_every_step(server: Server) -> None:
-    prompt = keep(shipped("super_resolution_x8", SHORT), "Result")
+    prompt = keep(with_psld("super_resolution_x8", SHORT), "Result")
     inputs(prompt, "Noise")["run"] = "plot"
     ((node, plot),) = previews(server, prompt, supports_preview_metadata=True)
     assert node == titled(prompt, "PSLD Sampler")

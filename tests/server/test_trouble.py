@@ -10,7 +10,20 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support.server_prompts import SHORT, WORKFLOWS, Prompt, add, inputs, keep, paper_rule, relink, run, shipped, titled
+from support.server_prompts import (
+    SHORT,
+    WORKFLOWS,
+    Prompt,
+    add,
+    inputs,
+    keep,
+    paper_rule,
+    relink,
+    run,
+    shipped,
+    titled,
+    with_psld,
+)
 from support.tiny_checkpoints import write_checkpoint, write_controlnet
 
 from dev.server import PromptFailed, Server
@@ -34,7 +47,7 @@ def test_interrupt(server: Server) -> None:
                 sent = time.monotonic()
 
     with pytest.raises(PromptFailed, match="SamplerCustomAdvanced: interrupted"):
-        run(server, shipped(WORKFLOWS[0]), on_message=interrupt)
+        run(server, with_psld("inpaint_box"), on_message=interrupt)
     assert steps[-1] <= 5
     assert time.monotonic() - sent < 5
 
@@ -72,7 +85,7 @@ def no_operator(prompt: Prompt) -> None:
     ],
 )
 def test_refused_before_it_runs(server: Server, spoil: Callable[[Prompt], None], words: tuple[str, ...]) -> None:
-    prompt = shipped("inpaint_box", SHORT)
+    prompt = with_psld("inpaint_box", SHORT)
     spoil(prompt)
     with pytest.raises(PromptFailed, match="refused a part of the prompt"):  # the previews can run, and do
         server.run(prompt)
@@ -160,7 +173,7 @@ def picture_no_latent_has(prompt: Prompt) -> None:
     ],
 )
 def test_fails_with_a_clear_message(server: Server, spoil: Callable[[Prompt], None], words: tuple[str, ...]) -> None:
-    prompt = shipped("inpaint_box", SHORT)
+    prompt = with_psld("inpaint_box", SHORT)
     spoil(prompt)
     with pytest.raises(PromptFailed) as failed:
         server.run(keep(prompt, "Result"))
@@ -176,7 +189,7 @@ def motion_blur(prompt: Prompt) -> None:
 
 
 def test_pseudo_inverse_that_does_not_converge(server: Server) -> None:
-    prompt = shipped("super_resolution_x8", SHORT)
+    prompt = with_psld("super_resolution_x8", SHORT)
     motion_blur(prompt)
     paper_rule(prompt)
     with pytest.raises(PromptFailed, match=r"glue: the pseudo-inverse of this operator does not converge.*adjoint.*circular"):
@@ -279,7 +292,7 @@ def nan_later(prompt: Prompt, files: dict[str, str]) -> None:
 def test_the_server_goes_on_after_broken_models(
     server: Server, base: Path, broken: dict[str, str], spoil: Callable[[Prompt, dict[str, str]], None], words: str
 ) -> None:
-    prompt = shipped("super_resolution_x8", 4)
+    prompt = with_psld("super_resolution_x8", 4)
     spoil(prompt, broken)
     before = set((base / "output").glob("*"))
     with pytest.raises(PromptFailed, match=words) as failed:

@@ -13,7 +13,7 @@ from dev.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
-WORKFLOWS = ["inpaint_box", "super_resolution_x8"]  # those with PSLD in a graph of stock nodes
+WORKFLOWS = ["inpaint_box", "super_resolution_x8"]  # C-PiGDM in a graph of stock nodes; `make demo` runs them
 SHORT = 10  # steps; enough for what does not depend on quality
 
 Prompt = dict[str, dict[str, Any]]
@@ -43,6 +43,16 @@ def add(prompt: Prompt, title: str, class_type: str, **values: Any) -> str:
     key = str(1 + max(map(int, prompt)))
     prompt[key] = {"class_type": class_type, "inputs": values, "_meta": {"title": title}}
     return key
+
+
+def with_psld(workflow: str, steps: int | None = None) -> Prompt:
+    """A shipped graph of stock nodes, with the sampler of the template that has PSLD."""
+    prompt, donor = shipped(workflow, steps), shipped("super_resolution_x4")
+    node = prompt[titled(prompt, "C-PiGDM Sampler")]
+    links = {name: node["inputs"][name] for name in ("measurement", "vae")}
+    node.update(donor[titled(donor, "PSLD Sampler")])
+    node["inputs"].update(links)
+    return prompt
 
 
 def paper_rule(prompt: Prompt, **values: Any) -> None:
