@@ -164,12 +164,13 @@ def test_encoder_consistency_needs_no_gradient() -> None:
 
 
 class Photo:
-    """x4 of a held-out portrait, and the demo prior's networks in any precision."""
+    """Held-out portraits made smaller, with noise, and the demo prior's networks in any precision."""
 
-    def __init__(self, precision: torch.dtype, factor: int = 4) -> None:
+    def __init__(self, precision: torch.dtype, factor: int = 4, count: int = 1) -> None:
         unet, autoencoder = networks.load()
         self.unet, self.autoencoder, self.dtype = unet.to(precision), autoencoder.to(precision), precision
-        self.truth = torch.from_numpy(np.array(draw(1_200_000))).movedim(2, 0)[None].float() / 127.5 - 1
+        drawn = np.stack([draw(1_200_000 + i) for i in range(count)])
+        self.truth = torch.from_numpy(drawn).movedim(3, 1).float() / 127.5 - 1
         operator = AreaDownscale((3, 128, 128), factor)
         y = operator.A(self.truth)
         self.measurement = Measurement(y + 0.04 * torch.randn(y.shape, generator=generator(1)), operator, 0.04)
@@ -184,29 +185,32 @@ class Photo:
         return x - level * self.unet((x / (1 + level**2).sqrt()).to(self.dtype), t).float()
 
     def restore(self, solve: Callable[..., Tensor], calls: int, **options: Any) -> tuple[float, float]:
-        """PSNR in dB, and ||A x - y|| / (sigma sqrt(m))."""
+        """PSNR in dB, mean over the portraits, and ||A x - y|| / (sigma sqrt(m)), the largest."""
         sigmas = networks.noise_levels().float()[torch.linspace(999, 0, calls).round().long()]
-        x = torch.randn(1, 4, 16, 16, generator=generator(5)) * sigmas[0]
+        x = torch.randn(len(self.truth), 4, 16, 16, generator=generator(5)) * sigmas[0]
         sigmas = torch.cat([sigmas, torch.zeros(1)])
         z = solve(self.model, x, sigmas, {"seed": 0}, measurement=self.measurement, autoencoder=self, **options)
         with torch.no_grad():
             image = self.decode(z)
-        error = ((image.clamp(-1, 1) - self.truth) / 2).square().mean()
-        residual = self.measurement.residual_norm(image) / (0.04 * self.measurement.y.numel() ** 0.5)
-        return float(-10 * error.log10()), float(residual)
+        error = ((image.clamp(-1, 1) - self.truth) / 2).square().mean((1, 2, 3))
+        residual = self.measurement.residual_norm(image) / (0.04 * self.measurement.y[0].numel() ** 0.5)
+        return float(-10 * error.log10().mean()), float(residual.max())
 
 
 @pytest.mark.parametrize(
     ("solve", "calls", "options"),
     [
         (sample_cpigdm, 4, {"last_steps": 4}),
-        (sample_psld, 8, {"rule": "line_search", "gamma": 0.0, "omega": 0.8, "last_steps": 4}),
+        (sample_psld, 6, {"rule": "line_search", "gamma": 0.0, "omega": 0.8, "last_steps": 4}),
     ],
 )
-def test_bfloat16_networks_give_the_same_picture(solve: Callable[..., Tensor], calls: int, options: dict[str, Any]) -> None:
-    """Within 0.2 dB of float32; the line search's finite difference is above the decoder's rounding."""
-    exact, low = (Photo(precision).restore(solve, calls, **options)[0] for precision in (torch.float32, torch.bfloat16))
-    assert abs(low - exact) < 0.2
+def test_bfloat16_networks_give_pictures_as_good(solve: Callable[..., Tensor], calls: int, options: dict[str, Any]) -> None:
+    """x2, two portraits: the line search's finite difference is above the decoder's rounding, which would cost decibels.
+
+    Not below 0.5 dB: two runs that differ by any rounding draw other details. float16 has three bits more, and takes minutes on a CPU.
+    """
+    exact, low = (Photo(precision, 2, 2).restore(solve, calls, **options)[0] for precision in (torch.float32, torch.bfloat16))
+    assert abs(low - exact) < 0.5
 
 
 def test_five_calls_beat_twenty_of_psld() -> None:
