@@ -88,13 +88,13 @@ DEMO_TEMPLATES = [
     Template(
         "denoise",
         f"## Denoising with Restore\nStrong noise, sigma 0.1. **Estimate Noise** reads the sigma of your photo.\n\n{SWAP}.",
-        one_node([operator("PosteriorIdentity")], first=8, sigma=0.1),
+        one_node([operator("PosteriorIdentity")], first=7, sigma=0.1),
     ),
     Template(
         "colourise",
         "## Colourisation with Restore\nThe brightness of each pixel stays as it is; the colours are the model's, and another seed "
         f"gives others.\n\n{SWAP}.",
-        one_node([operator("PosteriorGrayscale")], first=11, quality="best"),
+        one_node([operator("PosteriorGrayscale")], first=3, quality="best"),
     ),
     Template(
         "old_photo",
