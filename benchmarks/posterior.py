@@ -279,10 +279,10 @@ def table() -> str:
         "\n24 samples a truth; covariances are exact, which a network would need 12 to 144 vector-Jacobian products a step for.\n",
         *experiments(found, "costly", COSTLY, FEW[:2]),
         "\n## Latent space\n\nA mask of 80 % of the pixels, no noise, start at sigma 14.6, decoder gradients with 2 inner and 30 last"
-        " steps unless said otherwise; 64 samples a truth. Here eta = 1 is nearer to the posterior than the default, which was chosen on the"
+        " steps unless said otherwise; 64 samples a truth. Here eta = 1 is nearer to the posterior than the default, which was chosen on an earlier"
         " demo prior (latent_tuning.md). What keeps ours from the ideal is the number of steps that meet a mask of"
         " single pixels: with 20 and 60 it is within a tenth of the ideal through both decoders, with 6 and 30 within a fifth through the linear one, and with"
-        " the 10 that are shipped, which suit smoother operators, 3 to 22 times as far. Through tanh two truths of the twelve need the"
+        " the 10 that are shipped, which suit smoother operators, with its eta = 2, 3 to 6 times as far as the ideal with that. Through tanh two truths of the twelve need the"
         " steps most: their pixels are nearly saturated.\n",
         *latents(found),
     ]

@@ -23,10 +23,10 @@ from dev.graphs import (
 
 BOX = operator("PosteriorMask", 0, pattern="box", pattern__x=36, pattern__y=40, pattern__width=56, pattern__height=48)
 
-SWAP = """Runs as installed. For your own photo and model remove **Compare**, if it is here, and replace
+SWAP = """Runs as installed. For your own photo and model remove **Compare** and **Truth**, where they are, set the numbers of **Operator** to your photo's, and replace
 * **Load Demo Prior** by **Load Checkpoint**,
 * **Demo Pictures** by **Load Image**,
-* **Measure (simulate)** by **Measurement from Photo**"""
+* **Measure (simulate)** by **Measurement from Photo**, with your photo's noise"""
 
 OWN_MASK = "* the pattern of **Operator** by mask, with the mask of Load Image."
 
@@ -40,7 +40,8 @@ DEMO_TEMPLATES = [
     Template(
         "super_resolution_x4",
         "## x4 super-resolution with PSLD\nA photo made smaller by bicubic resampling, as most programs do. PSLD follows the gradient "
-        f"through the model and its VAE in each of 20 steps; it is slower than C-PiGDM, and mostly as good.\n\n{SWAP}.",
+        "through the model and its VAE in each of 20 steps. It takes more memory than C-PiGDM; on super-resolution it is ahead of it with the "
+        f"demo prior, elsewhere behind.\n\n{SWAP}.",
         stock_graph([operator("PosteriorDownscale", method="bicubic", method__factor=4.0)], psld(), steps=20, pictures=(2, 1)),
     ),
     Template(
@@ -76,7 +77,8 @@ DEMO_TEMPLATES = [
     ),
     Template(
         "destripe",
-        f"## Destriping with C-PiGDM\nFour of every sixteen lines are dead. **Find Stripes** finds them in your photo.\n\n{SWAP}.",
+        f"## Destriping with C-PiGDM\nFour of every sixteen lines are dead. **Find Stripes** finds them in your photo.\n\n{SWAP},\n"
+        "* the pattern of **Operator** by mask, with the mask of **Find Stripes**",
         stock_graph(
             [operator("PosteriorMask", 0, pattern="stripes", pattern__period=16, pattern__width=4)],
             cpigdm(),
@@ -99,7 +101,7 @@ DEMO_TEMPLATES = [
     Template(
         "old_photo",
         "## An old photo, with Restore\nFour things happened to it, one after the other: black and white, soft, scratched, grainy. Each "
-        f"operator node takes the one before; the grain is the sigma of the measurement.\n\n{SWAP}.",
+        f"operator node takes the one before; the grain is the sigma of the measurement.\n\n{SWAP},\n{OWN_MASK}; leave it out if nothing is lost",
         one_node(
             [
                 operator("PosteriorGrayscale", 0, title="Black and White"),

@@ -23,7 +23,7 @@ def match_by_decoder(
     measurement: Any,
     autoencoder: Autoencoder | None,
     steps: int,
-    noise: Tensor,
+    noise_norm: Tensor,
     prior: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Move z towards A D(z) = y by conjugate gradients on ||A D(z) - y||^2 / 2, at most until the residual is that of the noise.
@@ -41,7 +41,7 @@ def match_by_decoder(
         measurement: `y` (B, ...), `operator`, `sigma`.
         autoencoder: only D is used; None is pixel space, D = I.
         steps: at most this many.
-        noise: ||A D(z) - y|| at which an image agrees, (B,): `noise_norm`.
+        noise_norm: ||A D(z) - y|| at which an image agrees, (B,), from `pixels.noise_norm`.
         prior: mean, like z, and standard deviation of the truth's latent, before y is seen.
 
     Returns:
@@ -52,7 +52,7 @@ def match_by_decoder(
     # Root mean square move of the finite difference, in latents of about unit variance: above the decoder's rounding.
     move = max(0.01, torch.finfo(getattr(autoencoder, "dtype", z.dtype)).eps ** 0.5)
     fit = None
-    goal = noise**2
+    goal = noise_norm**2
     z = z.detach()
     mean, spread = (z, float("inf")) if prior is None else prior
     damping = (measurement.sigma / spread) ** 2
@@ -90,16 +90,18 @@ def match_by_decoder(
     return z, fit
 
 
-def closer(z: Tensor, start: Tensor, fit: Tensor, measurement: Any, autoencoder: Autoencoder | None, noise: Tensor) -> Tensor:
+def closer(
+    z: Tensor, start: Tensor, fit: Tensor, measurement: Any, autoencoder: Autoencoder | None, noise_norm: Tensor
+) -> Tensor:
     """z, or for images where that is further from the measurement than the start was, and than the noise, the start.
 
     Args:
         z, start: (B, c, h, w).
         fit: ||A D(start) - y||, (B,).
-        noise: as for `match_by_decoder`.
+        noise_norm: as for `match_by_decoder`.
     """
     image = z if autoencoder is None else autoencoder.decode(z)
-    near = torch.maximum(fit, 1.001 * noise)  # steps that end on the noise do so but for rounding
+    near = torch.maximum(fit, 1.001 * noise_norm)  # steps that end on the noise do so but for rounding
     return torch.where(per_image(measurement.residual_norm(image) <= near, z), z, start)
 
 

@@ -152,17 +152,17 @@ class LineSearch:
     ) -> None:
         self.measurement, self.autoencoder = measurement, autoencoder
         self.omega, self.inner_steps, self.last_steps = omega, inner_steps, last_steps
-        self.noise = noise_norm(measurement)
+        self.noise_norm = noise_norm(measurement)
 
     def step(self, x: Tensor, z0: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
         """What to add to x after the move to sigma_next, (B, c, h, w), and ||A D(z0) - y||, (B,)."""
         last = not x.requires_grad
         steps = self.last_steps if last else self.inner_steps
         prior = None if self.autoencoder is None else (z0.detach(), spread_of(sigma))
-        target, fit = match_by_decoder(z0, self.measurement, self.autoencoder, steps, self.noise, prior)
+        target, fit = match_by_decoder(z0, self.measurement, self.autoencoder, steps, self.noise_norm, prior)
         if last:
             with torch.no_grad():
-                return closer(target, z0, fit, self.measurement, self.autoencoder, self.noise) - z0, fit
+                return closer(target, z0, fit, self.measurement, self.autoencoder, self.noise_norm) - z0, fit
         move = self.omega * (target - z0.detach())
         back = vjp(z0, x, move)
         size, length = (v.flatten(1).norm(dim=1) for v in (move, back))

@@ -27,7 +27,7 @@ from .loop import Plan, shorter, train, whole
 PROCESSES = 2
 AUTOENCODER = Plan(steps=10800, decay=0.5, warmup=20, muon=0.02, adam=2e-3, ema=0.99, clip=0.5)
 UNET = Plan(steps=9000, decay=0.4, warmup=30, muon=0.02, adam=1.5e-3, ema=0.995, clip=1.0)
-PIXEL_UNET = Plan(steps=1600, decay=0.4, warmup=30, muon=0.02, adam=1.5e-3, ema=0.99, clip=1.0)
+PIXEL_UNET = Plan(steps=5000, decay=0.4, warmup=30, muon=0.02, adam=1.5e-3, ema=0.99, clip=1.0)
 
 
 def arguments() -> argparse.Namespace:

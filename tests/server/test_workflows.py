@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from support.server_prompts import (
     WORKFLOWS,
     Prompt,
     inputs,
+    keep,
     picture,
     psnr,
     run,
     shipped,
     titled,
+    with_psld,
 )
 
 from dev.server import Server
@@ -105,11 +108,25 @@ def test_previews_arrive(restored: Restored) -> None:
     assert not np.array_equal(first, last)
 
 
+def test_psld_sends_progress_and_previews(server: Server) -> None:
+    prompt, steps, previews = with_psld("inpaint_box", SHORT), [], []
+    inputs(prompt, "Noise")["run"] = "progress"
+    server.run(
+        keep(prompt, "Result"),
+        lambda message: steps.append(message["data"]["value"]) if message["type"] == "progress" else None,
+        on_preview=previews.append,
+        extra_data={"preview_method": "latent2rgb"},
+    )
+    assert steps == list(range(1, SHORT + 1))
+    assert len(previews) == SHORT
+
+
+@pytest.mark.parametrize("make", [shipped, with_psld])
 @pytest.mark.parametrize("workflow", WORKFLOWS)
-def test_the_same_prompt_gives_the_same_picture(server: Server, workflow: str) -> None:
-    first, second = (run(server, shipped(workflow, SHORT)) for _ in range(2))
+def test_the_same_prompt_gives_the_same_picture(server: Server, workflow: str, make: Callable[[str, int], Prompt]) -> None:
+    first, second = (run(server, make(workflow, SHORT)) for _ in range(2))
     assert np.array_equal(first, second)
-    other = shipped(workflow, SHORT)
+    other = make(workflow, SHORT)
     inputs(other, "Noise")["noise_seed"] = 1
     assert not np.array_equal(run(server, other), first)
 
