@@ -148,8 +148,13 @@ def run(server: Server, prompt: Prompt, title: str = "Result", cached: tuple[str
 
 def picture(server: Server, outputs: dict[str, Any], prompt: Prompt, title: str) -> np.ndarray:
     """The first picture a node saved or showed, (H, W, 3) uint8."""
-    saved = outputs[titled(prompt, title)]["images"][0]
-    return np.asarray(Image.open(io.BytesIO(server.picture(saved))).convert("RGB"))
+    return pictures(server, outputs, prompt, title)[0]
+
+
+def pictures(server: Server, outputs: dict[str, Any], prompt: Prompt, title: str) -> list[np.ndarray]:
+    """All of them."""
+    saved = outputs[titled(prompt, title)]["images"]
+    return [np.asarray(Image.open(io.BytesIO(server.picture(one))).convert("RGB")) for one in saved]
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
