@@ -139,6 +139,7 @@ def test_compare(server: Server) -> None:
 
 def test_poisson_noise_and_its_estimate(server: Server) -> None:
     prompt = degraded(**{"noise": "Poisson", "noise.peak": 200.0})
+    inputs(prompt, "Truth")["first"] = 2  # two of nearly one brightness, which a batch with Poisson noise must be
     photo = [titled(prompt, "Measure"), 1]
     inputs(prompt, "Measure")["operator"] = [add(prompt, "None", "PosteriorIdentity"), 0]
     given = {"photo": photo, "operator": [titled(prompt, "None"), 0], "noise": "estimated"}
