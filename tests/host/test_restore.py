@@ -46,7 +46,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("method", ["C-PiGDM", "PSLD"])
 @torch.inference_mode()
 def test_a_picture_of_any_size_comes_back_in_its_size_and_agrees(demo: Demo, method: str) -> None:
-    truth = demo.pictures(1)[:, :116, 4:116]  # 116 x 112: not a multiple of 8, and blocks of 8 at the lower edge are partial
+    truth = demo.pictures(4)[:, :116, 4:116]  # 116 x 112: not a multiple of 8, and blocks of 8 at the lower edge are partial
     bind = lambda shape: demo.pack.operators.AreaDownscale(shape, 8)  # noqa: E731
     measurement = demo.measure(truth, bind)
     image, residual = demo.restore(measurement, method)
@@ -54,7 +54,10 @@ def test_a_picture_of_any_size_comes_back_in_its_size_and_agrees(demo: Demo, met
     assert residual < 1e-6
     blocks = measurement.operator.A_adjoint(measurement.y) * 64  # each block at its mean, whole blocks only
     plain = ((blocks + 1) / 2).movedim(1, -1).float()[:, :112]
-    assert psnr(image[:, :112], truth[:, :112]) > psnr(plain, truth[:, :112]) + 2
+    gains = [
+        psnr(image[i : i + 1, :112], truth[i : i + 1, :112]) - psnr(plain[i : i + 1], truth[i : i + 1, :112]) for i in range(4)
+    ]
+    assert sum(gains) / 4 > 1
 
 
 @torch.inference_mode()
