@@ -15,7 +15,7 @@ import torch
 from support.host_runs import Host
 from torch import Tensor
 
-SIDE, SAMPLES, SIGMA = 16, 32, 0.3
+SIDE, SAMPLES, SIGMA = 16, 24, 0.3
 OPERATORS: dict[str, Callable[[Any], Any]] = {
     "mask": lambda o: o.Mask(
         (torch.arange(4) != 2).float().reshape(1, 1, 2, 2).repeat_interleave(8, 2).repeat_interleave(8, 3)
