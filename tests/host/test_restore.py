@@ -57,7 +57,7 @@ def test_a_picture_of_any_size_comes_back_in_its_size_and_agrees(demo: Demo, met
     gains = [
         psnr(image[i : i + 1, :112], truth[i : i + 1, :112]) - psnr(plain[i : i + 1], truth[i : i + 1, :112]) for i in range(4)
     ]
-    assert sum(gains) / 4 > 1
+    assert sum(gains) / 4 > 1.3  # measured: 1.7 and 2.4
 
 
 @torch.inference_mode()

@@ -61,4 +61,4 @@ def test_cpigdm_sampler_in_a_graph_of_stock_nodes(server: Server, weight: str) -
     for result, truth in zip(*(pictures(server, outputs, prompt, title) for title in ("Result", "Truth")), strict=True):
         blocks = truth.reshape(16, 8, 16, 8, 3).mean((1, 3)).repeat(8, 0).repeat(8, 1)
         gains.append(psnr(result, truth) - psnr(blocks, truth))
-    assert np.mean(gains) > (2 if weight == "dual" else 1)
+    assert np.mean(gains) > {"dual": 2, "bayes": 1.5, "paper": 2}[weight]  # measured: 2.5, 1.8, 2.4
