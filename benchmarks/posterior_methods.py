@@ -18,8 +18,12 @@ Sampler = Callable[[Problem, int], Tensor]
 # Published, and ours -----------------------------------------------------------------------------------------------------
 
 
+# What the exact denoiser of a prior of about unit variance can take; the sampler's own settings are those for trained networks.
+EXACT = {"tau": 1.0, "reach": 2.0, "eta": 1.0}
+
+
 def ours(problem: Problem, n: int, high: float = 5.0, low: float = 0.05, **options: Any) -> Tensor:
-    options = {"eta": 1.0, **options}
+    options = options if "weight" in options else {**EXACT, **options}
     return sample_cpigdm(denoise, problem.start(high), karras(n, high, low), measurement=problem.measurement, **options)
 
 
@@ -41,7 +45,7 @@ def dps(problem: Problem, n: int) -> Tensor:
     return sample_psld(denoise, 10 * problem.eps, karras(n, 10.0, 0.02), measurement=problem.measurement, **options)
 
 
-OURS = "**ours** (dual)"
+OURS, SHIPPED = "**ours** (dual)", "ours, with the settings for networks"
 # Name -> network passes in a step (a vector-Jacobian product counts as one more), sampler.
 METHODS: dict[str, tuple[int, Sampler]] = {
     "C-PiGDM, paper's noise-free form, w = 15": (2, lambda problem, n: paper(problem, n, 15.0, 0.0)),
@@ -53,6 +57,7 @@ METHODS: dict[str, tuple[int, Sampler]] = {
     "DDIM, without the photo": (1, lambda problem, n: ours(problem, n, high=10.0, low=0.02, weight="paper", w=0.0, eta=0.0)),
     "DDNM": (1, lambda problem, n: ours(problem, n, low=0.02, weight="paper", w=math.inf, eta=0.0)),
     "C-PiGDM, Bayes weight": (1, lambda problem, n: ours(problem, n, low=0.02, weight="bayes", eta=0.0)),
+    SHIPPED: (1, lambda problem, n: ours(problem, n, tau=0.1**0.5, reach=0.3, eta=2.0)),
     OURS: (1, ours),
 }
 

@@ -45,7 +45,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 NOISE = {"denoise": 0.2}  # of the others: SIGMA
 PSLD = {"rule": "paper", "rule.omega": 1.0, "rule.gamma": 0.1, "rule.eta": 0.0, "rule.glue": "pinv"}
-CPIGDM = {"consistency": "decoder", "inner_steps": 2, "last_steps": 10, "weight": "dual", "weight.tau": 1.0, "weight.eta": 2.0}
+CPIGDM = {"consistency": "decoder", "inner_steps": 4, "last_steps": 10, "weight": "dual", "weight.tau": 1.0, "weight.eta": 2.0}
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:

@@ -175,7 +175,7 @@ class SamplerCPiGDM(io.ComfyNode):
             step=0.05,
             advanced=True,
             tooltip="Standard deviation of the pictures the model knows, in units of its latents; about 1 for all of Stable Diffusion. On "
-            "pixels: 1 with weight dual, .3 with bayes.",
+            "pixels .3.",
         )
 
         def eta(default: float) -> io.Float.Input:
@@ -187,8 +187,7 @@ class SamplerCPiGDM(io.ComfyNode):
                 step=0.1,
                 advanced=True,
                 tooltip="Fresh noise each step: 0 is DDIM, 1 is DDPM. With weight dual and few steps more than that is better: it forgets "
-                "what an early step got wrong, from 2 on nearly all noise is fresh; on pixels 1 is nearer to the posterior. The others were "
-                "published with 0.",
+                "what an early step got wrong, from 2 on nearly all noise is fresh; with 1 samples differ more. The others were published with 0.",
             )
 
         jacobian = io.Combo.Input(
@@ -235,10 +234,11 @@ class SamplerCPiGDM(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "inner_steps",
-                    default=2,
+                    default=4,
                     min=1,
                     max=50,
-                    tooltip="Consistency steps through the VAE for each network call. More follow the photo sooner, and cost time.",
+                    tooltip="Consistency steps through the VAE for each network call, but one where the picture is still mostly noise (sigma above "
+                    "4). More follow the photo more closely, and cost time.",
                 ),
                 io.Int.Input(
                     "last_steps",

@@ -38,10 +38,10 @@ def sample_cpigdm(
     weight: Literal["dual", "bayes", "paper"] = "dual",
     w: float = 15.0,
     tau: float | None = None,
-    reach: float | None = None,
+    reach: float = 0.3,
     eta: float | None = None,
     consistency: Literal["decoder", "encoder"] = "decoder",
-    inner_steps: int = 2,
+    inner_steps: int = 4,
     last_steps: int = 10,
     jacobian: Literal["off", "k", "vp"] = "off",
     integrator: Literal["conjugate", "euler", "discrete"] = "conjugate",
@@ -69,16 +69,18 @@ def sample_cpigdm(
         autoencoder: E and D, or None for a pixel-space model.
         weight: "dual", see `Dual`; "bayes", Omega = s^2 / (s^2 r^2 + noise^2); "paper", Omega = w rho / (1 + sigma^2).
         w: strength of the paper's weight, >= 0.
-        tau: standard deviation of the prior around its mean, in units of the state. Default 1; for "bayes" in pixels sqrt(0.1). With
+        tau: standard deviation of the prior around its mean, in units of the state. Default 1 in latents, sqrt(0.1) in pixels. With
             noise it also says how near steps through the decoder stay to the network's x0. "paper" has no use for it.
-        reach: "dual" moves the network's input by at most reach * sigma (rms). Default 2 in pixels, 0.3 in latents.
+        reach: "dual" moves the network's input by at most reach * sigma (rms). What lies further out than the noise it was trained
+            on a network denoises badly; an exact denoiser can take 2.
         eta: fresh noise: 0 is DDIM, 1 is DDPM, more is more, until all noise of a step is fresh, at sigma_next / sigma <=
-            sqrt(1 - 1 / eta^2). Default for "dual" 1 in pixels and 2 in latents, else 0. In few steps much fresh noise takes out
-            what errors of the last x0 left in x: pictures come nearer to the truth, and the samples of one photo to each other.
-            With 1 their spread is more nearly that of the posterior.
+            sqrt(1 - 1 / eta^2). Default 2 for "dual", else 0. In few steps much fresh noise takes out what errors of the last x0
+            left in x: pictures come nearer to the truth, and the samples of one photo to each other. With 1 their spread is more
+            nearly that of the posterior.
         consistency: for latents: "decoder" moves x0 by gradients through the decoder, "encoder" by decoding, correcting the
             picture and encoding, in less memory.
-        inner_steps: for latents: consistency steps after each network call but that of the step to sigma 0.
+        inner_steps: for latents: consistency steps after each network call at sigma up to 4 tau, but that of the step to sigma 0; one
+            above.
         last_steps: the same in the step to sigma 0.
         jacobian: "k" adds the network's Jacobian, frozen in the k-state, one vector-Jacobian product for each step; "vp" freezes
             it in the variance-preserving state, as the paper does.
@@ -94,7 +96,7 @@ def sample_cpigdm(
     check_choices({"weight": (weight, WEIGHTS), "consistency": (consistency, CONSISTENCIES)})
     check_choices({"jacobian": (jacobian, JACOBIANS), "integrator": (integrator, INTEGRATORS)})
     if eta is None:
-        eta = 0.0 if weight != "dual" else 1.0 if autoencoder is None else 2.0
+        eta = 2.0 if weight == "dual" else 0.0
     check_common(x, sigmas, measurement, eta, inner_steps, last_steps)
     _check_numbers(w=w, tau=tau, reach=reach, lam=lam)
     plain = weight != "dual" and integrator != "conjugate"
@@ -104,13 +106,13 @@ def sample_cpigdm(
         raise ValueError(f'lam: got {lam} with integrator {integrator!r}; it belongs to "conjugate"')
     pixels = autoencoder is None
     if tau is None or weight == "paper":
-        tau = 0.1**0.5 if weight == "bayes" and pixels else 1.0
+        tau = 0.1**0.5 if pixels else 1.0
     if not pixels:
         space: Space = Latents(measurement, autoencoder, consistency, inner_steps, last_steps, tau)
     else:
         space = NoisyPixels(measurement) if measurement.sigma > 0 else ExactPixels(measurement)
     if weight == "dual":
-        method: Dual | Guidance = Dual(space, tau, reach or (2.0 if pixels else 0.3))
+        method: Dual | Guidance = Dual(space, tau, reach)
     else:
         chosen = Paper(w, space.noise) if weight == "paper" else Bayes(tau, space.noise)
         method = Guidance(space, chosen, jacobian, integrator, lam)
@@ -237,7 +239,7 @@ class Guidance:
         return denoised, change
 
 
-def _check_numbers(*, w: float, tau: float | None, reach: float | None, lam: float) -> None:
+def _check_numbers(*, w: float, tau: float | None, reach: float, lam: float) -> None:
     if not w >= 0:
         raise ValueError(f"w: got {w}, expected a number >= 0")
     for name, value in (("tau", tau), ("reach", reach)):

@@ -12,6 +12,10 @@ from .steps import Autoencoder
 
 Spectral = Callable[[Tensor], Tensor]
 
+# Both chosen on the demo prior.
+EARLY = 4.0  # sigma over tau, above which x0 knows little but the mean, and one consistency step is as good as four
+NEARER = 0.92  # share of the noise that x0 may leave before the last step: it is a mean there, and means lie nearer to y than samples
+
 
 class Space:
     """Where the guidance acts: the innovation of x0, functions h(A A^T) and A^T that act on innovations, f(A^T A) on states.
@@ -90,9 +94,10 @@ class ExactPixels(Space):
 
 
 class Latents(Space):
-    """Latent space: the innovation is a move of z0 towards A D(z) = y, not below the noise, and near what the prior says.
+    """Latent space: the innovation is a move of z0 towards A D(z) = y, not (far) below the noise, and near what the prior says.
 
     Args:
+        inner_steps: consistency steps where sigma is at most EARLY tau; above it is one.
         tau: standard deviation of the latents around their mean.
     """
 
@@ -110,10 +115,11 @@ class Latents(Space):
         self.noise_norm = noise_norm(measurement)
 
     def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-        steps = self.last_steps if last else self.inner_steps
+        steps = self.last_steps if last else self.inner_steps if sigma <= EARLY * self.tau else 1
         if self.consistency == "decoder":
             near = (prior_mean, spread_of(sigma, self.tau))
-            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, self.noise_norm, near)
+            goal = self.noise_norm if last else NEARER * self.noise_norm
+            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, goal, near)
         else:
             target, fit = match_by_encoder(x0, self.measurement, self.autoencoder, steps)
         if last:

@@ -101,6 +101,20 @@ def test_steps_through_the_decoder_stay_near_what_the_network_says_without_the_t
     assert any(float((start - mean).abs().max()) > 0.01 for start, mean, _ in seen) == tilted
 
 
+@pytest.mark.parametrize("tau", [0.5, 1.0])
+def test_one_consistency_step_while_x_is_mostly_noise(tau: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+
+    def spy(z: Tensor, measurement: Any, autoencoder: Any, steps: int, *others: Any) -> tuple[Tensor, Tensor]:
+        counts.append(steps)
+        return match_by_decoder(z, measurement, autoencoder, steps, *others)
+
+    monkeypatch.setattr("samplers.spaces.match_by_decoder", spy)
+    latent_run(Toy(False), 0.1, tau=tau, inner_steps=3, last_steps=7)
+    assert counts == [1 if sigma > 4 * tau else 3 for sigma in karras(10, 10.0)[:-2].tolist()] + [7]
+    assert {1, 3} < set(counts)
+
+
 def test_the_weight_of_the_paper_has_no_use_for_tau() -> None:
     plain, given = (latent_run(Toy(True), 0.3, weight="paper", **options).z for options in ({}, {"tau": 0.2}))
     assert torch.equal(plain, given)
@@ -124,7 +138,7 @@ def test_a_tilt_that_is_needed_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Dual, "step", spy)
     for noise in (0.1, 0.3, 1.0):
-        latent_run(Toy(False), noise, calls=20)
+        latent_run(Toy(True), noise, calls=20)
     assert (True, True) in kept
     assert all(off == active for off, active in kept)
 
