@@ -160,7 +160,7 @@ VARIANTS: dict[str, Sampler] = {
     "leak = 0.1": Variant(leak=0.1),
     "no memory: PiGDM's weight, no Jacobian": Variant(memory=False),
     "2M extrapolation": Variant(multistep=True, eta=0.0),
-    "Bayes weight, eta = 1": lambda problem, n: ours(problem, n, weight="bayes"),
+    "Bayes weight, eta = 1": lambda problem, n: ours(problem, n, weight="bayes", eta=1.0),
     "Bayes weight with Jacobian (2 passes a step)": lambda problem, n: ours(problem, n, weight="bayes", eta=0.0, jacobian="k"),
 }
 # With the exact covariance: far more expensive, so fewer samples.

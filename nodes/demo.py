@@ -46,8 +46,8 @@ class LoadDemoPrior(io.ComfyNode):
                     options=list(PRIORS),
                     default=PRIORS[0],
                     optional=True,  # graphs made before there were two stay valid
-                    tooltip="latents: of portraits 128 x 128, as Stable Diffusion works. pixels: of portraits 32 x 32 without a VAE in "
-                    "between, where the samplers are exact.",
+                    tooltip="latents: of portraits 128 x 128, as Stable Diffusion works. pixels: of portraits 32 x 32, without a VAE in "
+                    "between; other sizes give wrong pictures without an error.",
                 )
             ],
             outputs=[

@@ -174,8 +174,8 @@ class SamplerCPiGDM(io.ComfyNode):
             max=100.0,
             step=0.05,
             advanced=True,
-            tooltip="Standard deviation of the pictures the model knows, in units of its latents; about 1 for all of Stable Diffusion. On "
-            "pixels .3.",
+            tooltip="Standard deviation of the pictures the model knows, in units of its latents; about 1 for all of Stable Diffusion. Set "
+            ".3 for models that work on pixels.",
         )
 
         def eta(default: float) -> io.Float.Input:
@@ -237,8 +237,8 @@ class SamplerCPiGDM(io.ComfyNode):
                     default=4,
                     min=1,
                     max=50,
-                    tooltip="Consistency steps through the VAE for each network call, but one where the picture is still mostly noise (sigma above "
-                    "4). More follow the photo more closely, and cost time.",
+                    tooltip="For latents: consistency steps through the VAE for each network call; only one while the picture is mostly noise "
+                    "(sigma above 4 tau). More follow the photo more closely, and cost time.",
                 ),
                 io.Int.Input(
                     "last_steps",

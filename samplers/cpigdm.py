@@ -71,8 +71,8 @@ def sample_cpigdm(
         w: strength of the paper's weight, >= 0.
         tau: standard deviation of the prior around its mean, in units of the state. Default 1 in latents, sqrt(0.1) in pixels. With
             noise it also says how near steps through the decoder stay to the network's x0. "paper" has no use for it.
-        reach: "dual" moves the network's input by at most reach * sigma (rms). What lies further out than the noise it was trained
-            on a network denoises badly; an exact denoiser can take 2.
+        reach: "dual" moves the network's input by at most reach * sigma (rms), > 0. A network denoises badly what lies further out
+            than the noise it was trained on; an exact denoiser can take 2.
         eta: fresh noise: 0 is DDIM, 1 is DDPM, more is more, until all noise of a step is fresh, at sigma_next / sigma <=
             sqrt(1 - 1 / eta^2). Default 2 for "dual", else 0. In few steps much fresh noise takes out what errors of the last x0
             left in x: pictures come nearer to the truth, and the samples of one photo to each other. With 1 their spread is more
@@ -242,8 +242,8 @@ class Guidance:
 def _check_numbers(*, w: float, tau: float | None, reach: float, lam: float) -> None:
     if not w >= 0:
         raise ValueError(f"w: got {w}, expected a number >= 0")
-    for name, value in (("tau", tau), ("reach", reach)):
-        if value is not None and not value > 0:
+    for name, value in (("tau", 1.0 if tau is None else tau), ("reach", reach)):
+        if value is None or not value > 0:
             raise ValueError(f"{name}: got {value}, expected a number > 0")
     if not abs(lam) < float("inf"):
         raise ValueError(f"lam: got {lam}, expected a finite number")

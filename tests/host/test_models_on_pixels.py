@@ -91,7 +91,7 @@ def test_what_is_restored_is_nearer_to_the_truth(pixels: OnPixels, method: str, 
 
 
 WEIGHTS = [
-    {"weight": "dual", "tau": 1.0, "eta": 1.0},
+    {"weight": "dual", "tau": 0.3, "eta": 2.0},
     {"weight": "paper", "w": 2.0, "jacobian": "vp", "eta": 0.0},
 ]
 
@@ -117,8 +117,7 @@ def test_a_blur_without_a_closed_form(pixels: OnPixels) -> None:
     make = partial(pixels.nodes.samplers.SamplerCPiGDM.execute, measurement, "decoder", 2, 100, vae=pixels.vae)
     latent = pixels.sample(make(WEIGHTS[0]).args[0])
     entries = measurement.y.numel()
-    # An untrained network's x0 is anywhere, and counts too.
-    assert float(measurement.residual_norm(latent.double())) < 6 * measurement.sigma * entries**0.5
+    assert float(measurement.residual_norm(latent.double())) < 1.1 * measurement.sigma * entries**0.5
     assert pixels.restore(measurement)[0].shape == truth.shape
     weight = {"weight": "paper", "w": 2.0, "jacobian": "vp", "eta": 0.0}
     with pytest.raises(ValueError, match=r"^jacobian: works only for models on pixels and operators with a closed form"):

@@ -103,16 +103,20 @@ def test_steps_through_the_decoder_stay_near_what_the_network_says_without_the_t
 
 @pytest.mark.parametrize("tau", [0.5, 1.0])
 def test_one_consistency_step_while_x_is_mostly_noise(tau: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = []
+    counts, goals = [], []
 
-    def spy(z: Tensor, measurement: Any, autoencoder: Any, steps: int, *others: Any) -> tuple[Tensor, Tensor]:
+    def spy(z: Tensor, measurement: Any, autoencoder: Any, steps: int, goal: Tensor, prior: Any) -> tuple[Tensor, Tensor]:
         counts.append(steps)
-        return match_by_decoder(z, measurement, autoencoder, steps, *others)
+        goals.append(goal / (0.1 * 16**0.5))  # over the noise
+        return match_by_decoder(z, measurement, autoencoder, steps, goal, prior)
 
     monkeypatch.setattr("samplers.spaces.match_by_decoder", spy)
     latent_run(Toy(False), 0.1, tau=tau, inner_steps=3, last_steps=7)
     assert counts == [1 if sigma > 4 * tau else 3 for sigma in karras(10, 10.0)[:-2].tolist()] + [7]
     assert {1, 3} < set(counts)
+    expected = torch.full((10, 4), 0.92, dtype=F64)  # a mean may lie nearer to y than a sample
+    expected[-1] = 1
+    torch.testing.assert_close(torch.stack(goals).to(F64), expected)
 
 
 def test_the_weight_of_the_paper_has_no_use_for_tau() -> None:
@@ -138,7 +142,7 @@ def test_a_tilt_that_is_needed_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Dual, "step", spy)
     for noise in (0.1, 0.3, 1.0):
-        latent_run(Toy(True), noise, calls=20)
+        latent_run(Toy(True), noise, calls=20)  # through the linear decoder it does not happen in so few calls
     assert (True, True) in kept
     assert all(off == active for off, active in kept)
 
