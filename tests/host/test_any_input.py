@@ -32,6 +32,7 @@ CASES = {
     "PosteriorRestore": (12, 60),
     "PosteriorMemoryEstimate": (8, 60),
     "PosteriorDemoPictures": (5, 30),
+    "PosteriorLoadDemoPrior": (3, 10),
     # Those that seldom have what they need: one way for each kind of photo.
     "PosteriorEstimateBlur": (60, 200),
 }
@@ -56,6 +57,7 @@ NODES = [
     "PosteriorUncertainty",
     "PosteriorMemoryEstimate",
     "PosteriorFinish",
+    "PosteriorLoadDemoPrior",
     "PosteriorDemoPictures",
     "PosteriorConsistency",
     "PosteriorCompare",
