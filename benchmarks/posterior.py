@@ -262,8 +262,8 @@ exact covariance does less, for many passes more. Fresh noise (eta) and extrapol
 
 A trained network does not denoise what lies as far out as reach 2 takes x: on the demo prior's sibling on pixels these settings lose up to 16 dB
 (latent_tuning.md). The sampler's own, from that prior's tuning split, are reach 0.3, tau^2 = .1 and eta 2: the row "settings for networks".
-With these it is still ahead of every published rule at 5 and 10 calls, level with them or ahead at 20, and behind the best of them at 100
-but for the noisy blur: what a network cannot do with the tilt costs an exact denoiser its weights of modes."""
+With these it is ahead of every published rule at 5 and 10 calls, but on the noisy area x4 level at 5; level with them or ahead at 20; and at 100 behind
+the best of them but on the noisy blur."""
 
 
 def table() -> str:

@@ -13,7 +13,7 @@ from .steps import Autoencoder
 Spectral = Callable[[Tensor], Tensor]
 
 # Both chosen on the demo prior.
-EARLY = 4.0  # sigma over tau, above which x0 is a blur, and more than one consistency step made most results worse
+EARLY = 4.0  # sigma over tau, above which x0 is a blur: more than one consistency step gained nothing on average
 NEARER = 0.92  # share of the noise that x0 may leave before the last step: it is a mean there, and means lie nearer to y than samples
 
 
