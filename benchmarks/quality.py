@@ -194,7 +194,9 @@ def main() -> None:
         compute(path, given, tasks, methods)
     weights = weights_id(given.pixels)
     kept = [row for row in read(path) if row["split"] == given.split and row["weights"] == weights]
-    path.with_suffix(".md").write_text(table(kept, list(tasks), list(methods), parts))
+    path.with_suffix(".md").write_text(
+        table(kept, list(tasks), list(methods), parts, leader="cpigdm_5" if given.pixels else "cpigdm_10")
+    )
     plots(kept, list(tasks), list(methods), parts, path.with_suffix(""))
 
 

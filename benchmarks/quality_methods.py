@@ -13,6 +13,7 @@ import torch
 from skimage.restoration import wiener
 from torch import Tensor
 
+from benchmarks.psld_rules import sample_by_rule
 from operators import (
     BicubicDownscale,
     Blur,
@@ -180,6 +181,7 @@ METHODS: dict[str, Method] = {
     "latent_dps": latent_method(sample_psld, omega=1.0, gamma=0.0),
     "psld_paper": latent_method(sample_psld, omega=1.0, gamma=0.1),
     "psld_line_search": latent_method(sample_psld, omega=0.8, gamma=0.0, rule="line_search"),
+    "psld_rule": latent_method(sample_by_rule),
     "cpigdm": latent_method(sample_cpigdm),
     "cpigdm_encoder": latent_method(sample_cpigdm, consistency="encoder"),
 }

@@ -54,10 +54,27 @@ def glance(rows: Rows, tasks: list[str], names: list[str]) -> list[str]:
     return lines
 
 
-def table(rows: Rows, tasks: list[str], methods: list[str], parts: Parts) -> str:
+def ahead(rows: Rows, tasks: list[str], names: list[str], leader: str) -> list[str]:
+    """By how many dB of PSNR `leader` is ahead of each method on each task, mean and standard error over the pictures both have."""
+    others = [name for name in names if name != leader]
+    lines = ["| task | sigma | " + " | ".join(others) + " |", "|---" * (2 + len(others)) + "|"]
+    for task in tasks:
+        for sigma in sorted({float(r["sigma"]) for r in rows if r["task"] == task}):
+            found = psnrs(rows, task, sigma)
+            own, cells = found.get(leader, {}), []
+            for name in others:
+                common = own.keys() & found.get(name, {}).keys()
+                mean, error = mean_and_error([own[i] - found[name][i] for i in common]) if common else (math.nan, math.nan)
+                cells.append(f"{mean:+.2f} +- {error:.2f}" if common else "-")
+            lines.append(f"| {task} | {sigma:g} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def table(rows: Rows, tasks: list[str], methods: list[str], parts: Parts, leader: str) -> str:
     """The rows of one split and one version of the weights, as Markdown."""
     if not rows:
         return "# Quality on the demo prior\n\nNothing measured with the present weights.\n"
+    names = in_order(rows, methods, parts)
     lines = [
         "# Quality on the demo prior",
         "",
@@ -68,8 +85,10 @@ def table(rows: Rows, tasks: list[str], methods: list[str], parts: Parts) -> str
         "",
         "## At a glance",
         "",
-        *glance(rows, tasks, in_order(rows, methods, parts)),
+        *glance(rows, tasks, names),
     ]
+    if leader in names:
+        lines += ["", f"## {leader} less each, dB", "", *ahead(rows, tasks, names, leader)]
     for task in tasks:
         for sigma in sorted({float(r["sigma"]) for r in rows if r["task"] == task}):
             here = [r for r in rows if r["task"] == task and float(r["sigma"]) == sigma]
