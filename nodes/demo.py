@@ -47,7 +47,7 @@ class LoadDemoPrior(io.ComfyNode):
                     default=PRIORS[0],
                     optional=True,  # graphs made before there were two stay valid
                     tooltip="latents: of portraits 128 x 128, as Stable Diffusion works. pixels: of portraits 32 x 32, without a VAE in "
-                    "between; other sizes give wrong pictures without an error.",
+                    "between; at other sizes both give wrong pictures, and the run says so.",
                 )
             ],
             outputs=[
@@ -60,11 +60,10 @@ class LoadDemoPrior(io.ComfyNode):
     @classmethod
     def execute(cls, prior: str = PRIORS[0]) -> io.NodeOutput:
         if prior == "pixels":
-            return io.NodeOutput(
-                host.slim_sd15(comfy_unet_state(load_pixels().state_dict())), host.null_clip(), host.pixel_vae()
-            )
+            model = host.slim_sd15(comfy_unet_state(load_pixels().state_dict()), PIXEL_SIDE)
+            return io.NodeOutput(model, host.null_clip(), host.pixel_vae())
         unet, autoencoder = load()
-        model = host.slim_sd15(comfy_unet_state(unet.state_dict()))
+        model = host.slim_sd15(comfy_unet_state(unet.state_dict()), SIDE)
         vae = host.picture_vae(RawLatents(autoencoder), comfy_vae_state(autoencoder.state_dict()))
         return io.NodeOutput(model, host.null_clip(), vae)
 

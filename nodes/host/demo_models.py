@@ -5,12 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+KNOWS = "posterior_knows"  # attachment of a MODEL: side in pixels of the pictures that it was trained on
 
-def slim_sd15(unet_state: dict[str, Tensor]) -> Any:
+
+def slim_sd15(unet_state: dict[str, Tensor], side: int) -> Any:
     """A MODEL around ComfyUI's own SD 1.x UNet at another width, with nothing registered in ComfyUI.
 
     Args:
         unet_state: keys and shapes of an SD 1.x UNet, without a prefix; of 4 channels for SD's latents, of 3 for pictures in [-1, 1].
+        side: of the pictures that it was trained on, pixels; runs at other sizes say so in their read-out.
     """
     import comfy.latent_formats
     import comfy.model_detection as detection
@@ -30,7 +33,20 @@ def slim_sd15(unet_state: dict[str, Tensor]) -> Any:
     model = config.get_model(unet_state, "", device=mm.unet_offload_device())
     model.load_model_weights(dict(unet_state), "")
     # Never paged: it is small, and then it needs no twin.
-    return ModelPatcher(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+    patcher = ModelPatcher(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+    patcher.set_attachments(KNOWS, side)
+    return patcher
+
+
+def size_note(patcher: Any, size: tuple[int, int]) -> str:
+    """What to say of a picture (height, width) that a demo prior does not know; "" for all others and for other models."""
+    side = patcher.attachments.get(KNOWS)
+    if side is None or max(*size, side) <= 1.25 * min(*size, side):
+        return ""
+    return (
+        f"the demo prior knows portraits of {side} x {side} pixels, and this photo is restored at {size[1]} x {size[0]}: the "
+        f"result can agree with the photo and not be one portrait"
+    )
 
 
 def picture_vae(network: torch.nn.Module, taesd_state: dict[str, Tensor]) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...samplers import State, measured
 from . import guard
 from .codec import Codec, check_sizes, check_vae, works_on_pixels
+from .demo_models import size_note
 from .faults import (
     Course,
     MainMemoryFull,
@@ -102,6 +103,8 @@ def run_on_host(
     if works_on_pixels(vae) and (network_gradient or measurement.operator.exact):  # PSLD needs no closed form
         vae = None
     readout = Readout(unique_id, residual_scale(measurement), measurement.sigma / 2, [] if notes is None else notes)
+    if line := size_note(guider.model_patcher, tuple(measurement.operator.in_shape[1:])):
+        readout.note(line)
     plan = Plan() if plan is None else plan
     need, memory = needed(plan, guider, vae, x, network_gradient), plan.mode or memory
     room = 1e30 if need is None else need.activations(MODES[0] if memory == "auto" else memory)

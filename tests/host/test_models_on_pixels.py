@@ -146,6 +146,16 @@ def test_a_picture_of_any_size(pixels: OnPixels) -> None:
     assert residual < 1e-6
 
 
+@pytest.mark.parametrize(("sides", "said"), [((64, 32), True), ((32, 64), True), ((32, 32), False), ((28, 30), False)])
+@torch.inference_mode()
+def test_a_size_that_the_prior_does_not_know_is_said(pixels: OnPixels, sides: tuple[int, int], said: bool) -> None:
+    image = interpolate(pixels.pictures(1).movedim(-1, 1), size=sides).movedim(1, -1)
+    measurement = pixels.measure(image, lambda shape: pixels.pack.operators.AreaDownscale(shape, 2))
+    out = pixels.nodes.restore.Restore.execute(pixels.model, pixels.vae, pixels.prompt, measurement, "C-PiGDM", "fast", 0, 1.0)
+    line = f"the demo prior knows portraits of 32 x 32 pixels, and this photo is restored at {sides[1]} x {sides[0]}"
+    assert (line in out.ui["text"][0]) == said
+
+
 @torch.inference_mode()
 def test_the_precision_of_its_vae_does_not_matter(pixels: OnPixels, box: Callable) -> None:
     """bfloat16 on most GPUs, steps of 1/256 in a picture: Restore goes past it."""
