@@ -25,6 +25,7 @@ from torch import Tensor
 UNET, VAE, CONTROL = "model.diffusion_model.", "first_stage_model.", "control_model."
 CHANNELS = 320  # of every UNet level; the detection expects this width of the first convolution
 EMBEDDING = 4 * CHANNELS
+MMDIT_DEPTH = 2  # blocks of SD3's transformer
 WIDTH = 64  # of TAESD, fixed by ComfyUI
 
 Arch = Literal["sd15", "sd21v", "sdxl_vega", "sdxl", "sd3"]
@@ -40,7 +41,7 @@ class Spec:
         depths: transformer blocks beside each residual block of the UNet, level by level; empty where there is no UNet.
         linear: the transformers' projections are linear layers, not 1x1 convolutions.
         vector: width of the UNet's second conditioning (label_emb), 0 for none.
-        lora: how LoRA trainers call the first transformer.
+        lora: how LoRA trainers call the first transformer block.
     """
 
     context: int
@@ -49,16 +50,16 @@ class Spec:
     depths: tuple[tuple[int, ...], ...] = ()
     linear: bool = False
     vector: int = 0
-    lora: str = "lora_unet_down_blocks_0_attentions_0"
+    lora: str = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"
 
 
-_SDXL = {"linear": True, "vector": 2816, "lora": "lora_unet_input_blocks_4_1"}
+_SDXL = {"linear": True, "vector": 2816, "lora": "lora_unet_input_blocks_4_1_transformer_blocks_0"}
 SPECS: dict[str, Spec] = {
     "sd15": Spec(768, 768, depths=((1,),)),
     "sd21v": Spec(1024, 1024, depths=((1,),), linear=True),
     "sdxl_vega": Spec(2048, 1280, depths=((0, 0), (1, 1), (2, 2)), **_SDXL),  # the cheapest of the SDXL class
     "sdxl": Spec(2048, 1280, depths=((0, 0), (2, 2), (10, 10)), **_SDXL),
-    "sd3": Spec(4096, 2048, latent_channels=16),
+    "sd3": Spec(4096, 2048, latent_channels=16, lora="lora_unet_joint_blocks_0_x_block"),
 }
 
 
@@ -109,27 +110,24 @@ def write_checkpoint(
 
 
 def write_lora(path: Path, arch: Arch = "sd15", rank: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a LoRA in kohya's format for three layers of the first transformer of a UNet."""
-    spec = SPECS[arch]
-    if not spec.depths:
-        raise ValueError(f"arch: got {arch}, expected one with a UNet")
-    weights = Weights(seed)
-    for layer, out, into in (
-        ("attn1_to_q", CHANNELS, CHANNELS),
-        ("attn2_to_v", CHANNELS, spec.context),
-        ("ff_net_2", CHANNELS, 4 * CHANNELS),
-    ):
-        key = f"{spec.lora}_transformer_blocks_0_{layer}"
+    """Write a LoRA in kohya's format for layers of the first transformer."""
+    spec, weights = SPECS[arch], Weights(seed)
+    c, width = CHANNELS, 64 * MMDIT_DEPTH
+    unet = (("attn1_to_q", c, c), ("attn2_to_v", c, spec.context), ("ff_net_2", c, 4 * c))
+    mmdit = (("attn_qkv", 3 * width, width), ("mlp_fc2", width, 4 * width))
+    for layer, out, into in unet if spec.depths else mmdit:
+        key = f"{spec.lora}_{layer}"
         weights.linear(f"{key}.lora_down", rank, into, bias=False)
         weights.linear(f"{key}.lora_up", out, rank, bias=False)
         weights[f"{key}.alpha"] = torch.tensor(float(rank))
     return weights.save(path, dtype)
 
 
-def write_controlnet(path: Path, seed: int = 0, levels: int = 1, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a ControlNet for sd15 of the same `levels`. Its output convolutions are not zero: it has an effect."""
-    spec = SPECS["sd15"]
-    weights = Weights(seed)
+def write_controlnet(
+    path: Path, arch: Arch = "sd15", seed: int = 0, levels: int = 1, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write a ControlNet for a UNet of the same `levels`. Its output convolutions are not zero: it has an effect."""
+    spec, weights = SPECS[arch], Weights(seed)
     _time_embedding(weights, CONTROL, spec)
     blocks = _input_blocks(weights, CONTROL, spec, spec.depths + ((0,),) * (levels - 1))
     _res_block(weights, f"{CONTROL}middle_block.0.", CHANNELS)
@@ -251,9 +249,9 @@ def _transformer(weights: Weights, prefix: str, spec: Spec, depth: int) -> None:
             weights.norm(block + key, c)
 
 
-def _mmdit(weights: Weights, spec: Spec, depth: int = 2) -> str:
+def _mmdit(weights: Weights, spec: Spec) -> str:
     """SD3's transformer, whose width follows from its depth. Returns the key of the last layer."""
-    width = 64 * depth
+    depth, width = MMDIT_DEPTH, 64 * MMDIT_DEPTH
     weights.conv(f"{UNET}x_embedder.proj", width, spec.latent_channels, size=2)
     for key, into in (("t_embedder", 256), ("y_embedder", spec.pooled)):
         weights.linear(f"{UNET}{key}.mlp.0", width, into)
