@@ -90,12 +90,17 @@ class Prior:
         """Noise at the highest level."""
         return self.noise(count, seed) * (1 + float(networks.noise_levels()[-1]) ** 2) ** 0.5
 
-    def sigmas(self, calls: int, highest: float = math.inf, lowest: float = 0.0) -> Tensor:
-        """Timesteps evenly spaced from the noisiest to the cleanest, as the papers have them, or between two sigmas; then 0."""
+    def sigmas(self, calls: int) -> Tensor:
+        """Timesteps evenly spaced from the noisiest to the cleanest, as the papers have them; then 0."""
         levels = networks.noise_levels().float()
-        first, last = (max(int((levels <= sigma).sum()) - 1, 0) for sigma in (highest, lowest))
-        steps = torch.linspace(first, last, calls).round().long()
-        return torch.cat([levels[steps], torch.zeros(1)])
+        return torch.cat([levels[torch.linspace(len(levels) - 1, 0, calls).round().long()], torch.zeros(1)])
+
+    def midpoints(self, calls: int) -> Tensor:
+        """The middle timesteps of equal parts, as the Restore node has them; then 0."""
+        levels = networks.noise_levels().float()
+        times = (len(levels) - 1) * (1 - (torch.arange(calls) + 0.5) / calls)
+        below = times.long()
+        return torch.cat([torch.lerp(levels[below].log(), levels[below + 1].log(), times - below).exp(), torch.zeros(1)])
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
@@ -151,19 +156,14 @@ def decoder_only(prior: Prior, measurement: Measurement, calls: int, seed: int) 
 # On latents --------------------------------------------------------------------------------------------------------------
 
 
-def latent_method(solve: Method, **options: Any) -> Method:
+def latent_method(solve: Method, by_midpoints: bool = False, **options: Any) -> Method:
     def run(
-        prior: Prior,
-        measurement: Measurement,
-        calls: int,
-        seed: int,
-        highest: float = math.inf,
-        lowest: float = 0.0,
-        **others: Any,
+        prior: Prior, measurement: Measurement, calls: int, seed: int, midpoints: bool = by_midpoints, **others: Any
     ) -> Tensor:
-        """highest: the first sigma, where the noise is added to the filled photo; lowest: the last one that the network sees."""
-        x, sigmas = prior.start(len(measurement.y), seed), prior.sigmas(calls, highest, lowest)
-        if highest < math.inf:
+        """midpoints: as the Restore node runs it, the noise added to the filled photo; otherwise from noise alone, as the papers do."""
+        x, sigmas = prior.start(len(measurement.y), seed), prior.sigmas(calls)
+        if midpoints:
+            sigmas = prior.midpoints(calls)
             with torch.no_grad():
                 filled = prior.autoencoder.encode(fill_unseen(measurement).clamp(-1, 1))
             x = filled + sigmas[0] * prior.noise(len(filled), seed)
@@ -180,10 +180,10 @@ METHODS: dict[str, Method] = {
     "decoder_only": decoder_only,
     "latent_dps": latent_method(sample_psld, omega=1.0, gamma=0.0),
     "psld_paper": latent_method(sample_psld, omega=1.0, gamma=0.1),
-    "psld_line_search": latent_method(sample_psld, omega=0.8, gamma=0.0, rule="line_search"),
+    "psld_line_search": latent_method(sample_psld, by_midpoints=True, omega=0.8, gamma=0.0, rule="line_search"),
     "psld_rule": latent_method(sample_by_rule),
-    "cpigdm": latent_method(sample_cpigdm),
-    "cpigdm_encoder": latent_method(sample_cpigdm, consistency="encoder"),
+    "cpigdm": latent_method(sample_cpigdm, by_midpoints=True),
+    "cpigdm_encoder": latent_method(sample_cpigdm, by_midpoints=True, consistency="encoder"),
 }
 COMPARED = [
     "baseline_0",

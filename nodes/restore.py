@@ -101,10 +101,11 @@ class Restore(io.ComfyNode):
                 io.Combo.Input(
                     "scheduler",
                     options=host.schedulers(),
-                    default="ddim_uniform",
+                    default=host.MIDPOINTS,
                     optional=True,
                     advanced=True,
-                    tooltip="How the noise levels are spaced.",
+                    tooltip="How the noise levels are spaced. midpoints: the middle of equal parts of the model's time, which wastes none of few "
+                    "network calls on either end. The others are ComfyUI's.",
                 ),
                 *run_inputs(LIGHTER_TEXT),
             ],
@@ -129,7 +130,7 @@ class Restore(io.ComfyNode):
         cfg: float,
         negative: list | None = None,
         samples: int = 1,
-        scheduler: str = "ddim_uniform",
+        scheduler: str = host.MIDPOINTS,
         memory: str = "auto",
         check_gradients: bool = False,
     ) -> io.NodeOutput:

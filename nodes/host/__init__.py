@@ -31,10 +31,11 @@ from .plugin import run_on_host, stock_sampler
 from .readout import node_id, show_text
 from .recompute import MODES
 from .refusals import refuse_unsupported, state_of
-from .sampling import sample_latents, schedulers, sigmas_of
+from .sampling import MIDPOINTS, sample_latents, schedulers, sigmas_of
 
 __all__ = [
     "GIB",
+    "MIDPOINTS",
     "MODES",
     "Codec",
     "Estimate",

@@ -2,15 +2,21 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .internals import without
 
-DEFAULT_SCHEDULER = "ddim_uniform"
+# The model's time in as many equal parts as there are steps, and the middle of each. Schedulers of the host spend a call of few on
+# sigma_max, where the start is known better than the network can tell, or one on sigma_min, where nothing is left to tell.
+MIDPOINTS = "midpoints"
 
 
 def sigmas_of(model: Any, steps: int, scheduler: str) -> Tensor:
-    """The host's noise levels for a MODEL, (steps + 1,), the last 0.
+    """Noise levels for a MODEL, (steps + 1,), the last 0.
+
+    Args:
+        scheduler: one of the host's, or MIDPOINTS.
 
     Raises:
         ValueError: a scheduler that the host does not have, or that makes no such list for this model.
@@ -18,6 +24,10 @@ def sigmas_of(model: Any, steps: int, scheduler: str) -> Tensor:
     import comfy.samplers
 
     sampling = model.get_model_object("model_sampling")
+    if scheduler == MIDPOINTS:
+        first, last = (float(sampling.timestep(level)) for level in (sampling.sigma_max, sampling.sigma_min))
+        times = first + (last - first) * (torch.arange(steps) + 0.5) / steps
+        return torch.cat([torch.stack([sampling.sigma(t) for t in times]).cpu().float(), torch.zeros(1)])
     try:
         sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
     except (KeyError, ValueError, IndexError) as error:
@@ -26,12 +36,12 @@ def sigmas_of(model: Any, steps: int, scheduler: str) -> Tensor:
 
 
 def schedulers() -> list[str]:
-    """Names of the host's schedulers."""
+    """Names for `sigmas_of`, the default first."""
     import comfy.samplers
 
     with without("a choice of schedulers"):
-        return list(comfy.samplers.SCHEDULER_NAMES)
-    return [DEFAULT_SCHEDULER]
+        return [MIDPOINTS, *comfy.samplers.SCHEDULER_NAMES]
+    return [MIDPOINTS]
 
 
 def sample_latents(

@@ -209,7 +209,7 @@ def test_schedulers_that_cannot_be_listed(
 ) -> None:
     h = hosts("sd15")
     monkeypatch.delattr(find("comfy.samplers"), "SCHEDULER_NAMES")
-    assert h.pack.nodes.host.schedulers() == ["ddim_uniform"]
+    assert h.pack.nodes.host.schedulers() == ["midpoints"]
     assert "without a choice of schedulers" in caplog.text
     assert len(nodes(h)) == len(h.pack.nodes.NODES)
 

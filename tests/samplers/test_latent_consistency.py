@@ -121,7 +121,7 @@ def test_how_far_the_network_may_be_off() -> None:
     spreads = [spread_of(torch.tensor(sigma)) for sigma in (1e3, 1.0, 0.0)]
     assert spreads[0] == pytest.approx((1 + spreads[2] ** 2) ** 0.5, rel=1e-5)
     assert spreads[1] == pytest.approx((0.5 + spreads[2] ** 2) ** 0.5)
-    assert spreads[2] == pytest.approx(0.3)
-    assert spread_of(torch.tensor(2.0), tau=0.5) == pytest.approx((4 / 17 + 0.15**2) ** 0.5)
+    assert spreads[2] == pytest.approx(0.2)
+    assert spread_of(torch.tensor(2.0), tau=0.5) == pytest.approx((4 / 17 + 0.1**2) ** 0.5)
     assert spread_of(torch.tensor(2.0), tau=0.01) < 0.011
-    assert spread_of(torch.tensor(2.0), tau=float("inf")) == pytest.approx((4 + 0.3**2) ** 0.5)
+    assert spread_of(torch.tensor(2.0), tau=float("inf")) == pytest.approx((4 + 0.2**2) ** 0.5)
