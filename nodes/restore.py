@@ -24,8 +24,8 @@ SOLVERS = {  # with what `stock_sampler` takes
     "C-PiGDM": (sample_cpigdm, {"network_gradient": False, "lighter": LIGHTER, "consistency": "decoder"}),
     "PSLD": (sample_psld, {"rule": "line_search", "omega": 0.8, "gamma": 0.0}),
 }
-
-
+# With the sampler's own 2 samples of one photo come out too much alike (benchmarks/results/calibration.md).
+ETA_OF_SEVERAL = 1.0
 NEXT_SAMPLE = 1_000_003  # from the seed of a photo's sample to the next one's
 
 
@@ -96,7 +96,9 @@ class Restore(io.ComfyNode):
                     max=64,
                     optional=True,
                     advanced=True,
-                    tooltip="How many results for each photo, for the Uncertainty node: where they differ, the details are invented.",
+                    tooltip="How many results for each photo, for the Uncertainty node: where they differ, the details are invented. With more than "
+                    "one, C-PiGDM draws each with less fresh noise (eta 1), so that they differ about as much as they are wrong; "
+                    "a single one is a little closer to the truth.",
                 ),
                 io.Combo.Input(
                     "scheduler",
@@ -147,6 +149,8 @@ class Restore(io.ComfyNode):
         on_pixels = host.works_on_pixels(vae)  # past its VAE, which rounds to bfloat16 on most GPUs
         sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler)
         solve, options = SOLVERS[method]
+        if method == "C-PiGDM" and samples > 1:
+            options = {**options, "eta": ETA_OF_SEVERAL}
         run = {"memory": memory, "unique_id": host.node_id(cls), "plan": host.Plan()}
         images, worst, texts, curves, notes = [], 0.0, [], [], []
         if isinstance(exact.operator, Identity) and exact.sigma == 0:

@@ -77,6 +77,26 @@ def test_kept_pixels_are_bit_exact_and_samples_differ_in_the_hole_only(demo: Dem
     assert float(deviation[:, ~kept].mean()) > 0.01
 
 
+@pytest.mark.parametrize(("method", "samples", "eta"), [("C-PiGDM", 1, None), ("C-PiGDM", 2, 1.0), ("PSLD", 2, None)])
+@torch.inference_mode()
+def test_several_samples_are_drawn_with_less_fresh_noise(
+    demo: Demo, method: str, samples: int, eta: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solve, options = demo.nodes.restore.SOLVERS[method]
+    etas = []
+
+    def noted(*given: Any, **named: Any) -> Tensor:
+        etas.append(named.get("eta"))
+        return solve(*given, **named)
+
+    monkeypatch.setitem(demo.nodes.restore.SOLVERS, method, (noted, options))
+    monkeypatch.setitem(demo.nodes.restore.CALLS[method], "fast", 2)
+    demo.restore(
+        demo.measure(demo.pictures(1), lambda shape: demo.pack.operators.AreaDownscale(shape, 8)), method, samples=samples
+    )
+    assert etas == [eta] * samples
+
+
 @torch.inference_mode()
 def test_a_photo_is_restored_alike_in_any_batch_and_again_with_its_seed(demo: Demo) -> None:
     truth = demo.pictures(2)
