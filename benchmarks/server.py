@@ -46,7 +46,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 NOISE = {"denoise": 0.2}  # of the others: SIGMA
 PSLD = {"rule": "paper", "rule.omega": 1.0, "rule.gamma": 0.1, "rule.eta": 0.0, "rule.glue": "pinv"}
-QUALITIES = {"fast": 5, "balanced": 10, "best": 20}  # network calls of C-PiGDM
+QUALITIES = {"fast": 5, "balanced": 10, "best": 20}  # network calls of C-PiGDM, as nodes/restore.py has them
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def main() -> None:
     ]
     print("\n".join(lines), flush=True)
     with running(sys.executable, paths["comfyui"], paths["base"], log, "--cpu") as server:
-        measure(server, "denoise", by_restore("denoise", "fast", 0))  # loads the model
+        measure(server, "denoise", by_restore("denoise", "fast", given.pictures))  # loads the model
         for task in given.tasks.split(","):
             # Both of a picture, then the next: what else the machine does meets both alike.
             runs = [
@@ -165,7 +165,7 @@ def main() -> None:
             difference = np.array([own[0] - paper[0] for own, paper in runs])
             error = difference.std(ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else np.nan
             lines.append(
-                f"| {task} | {a:.2f} | {b:.2f} | {a - b:+.2f} +- {error:.2f} | {ra:.2f} | {rb:.2f} | {sa:.2f} | {sb:.2f} | {sb / sa:.1f} |"
+                f"| {task} | {a:.2f} | {b:.2f} | {a - b:+.2f} +- {error:.2f} | {ra:.1f} | {rb:.1f} | {sa:.2f} | {sb:.2f} | {sb / sa:.1f} |"
             )
             print(lines[-1], flush=True)
             RESULT.write_text("\n".join(lines) + "\n")

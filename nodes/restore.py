@@ -24,7 +24,7 @@ SOLVERS = {  # with what `stock_sampler` takes
     "C-PiGDM": (sample_cpigdm, {"network_gradient": False, "lighter": LIGHTER, "consistency": "decoder"}),
     "PSLD": (sample_psld, {"rule": "line_search", "omega": 0.8, "gamma": 0.0}),
 }
-# With the sampler's own 2 samples of one photo come out too much alike (benchmarks/results/calibration.md).
+# With the sampler's own eta, 2, samples of one photo come out too much alike (benchmarks/results/calibration.md).
 ETA_OF_SEVERAL = 1.0
 NEXT_SAMPLE = 1_000_003  # from the seed of a photo's sample to the next one's
 
@@ -97,8 +97,8 @@ class Restore(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="How many results for each photo, for the Uncertainty node: where they differ, the details are invented. With more than "
-                    "one, C-PiGDM draws each with less fresh noise (eta 1), so that they differ about as much as they are wrong; "
-                    "a single one is a little closer to the truth.",
+                    "one, C-PiGDM draws each with less fresh noise (eta 1): they differ more, in holes nearly as much as they are wrong, and the first is "
+                    "not the picture that a single one would be, which is a little closer to the truth. PSLD's differ by their start alone.",
                 ),
                 io.Combo.Input(
                     "scheduler",
@@ -106,8 +106,8 @@ class Restore(io.ComfyNode):
                     default=host.MIDPOINTS,
                     optional=True,
                     advanced=True,
-                    tooltip="How the noise levels are spaced. midpoints: the middle of equal parts of the model's time, which wastes none of few "
-                    "network calls on either end. The others are ComfyUI's.",
+                    tooltip="How the noise levels are spaced. midpoints: the middle of equal parts of the model's time, so that none of few "
+                    "network calls goes to the very ends. The others are ComfyUI's.",
                 ),
                 *run_inputs(LIGHTER_TEXT),
             ],

@@ -9,7 +9,7 @@ from torch import Tensor
 from .pixels import ROUNDING, USUAL
 from .steps import Autoencoder, per_image, vjp
 
-DOUBT = 0.2  # of a network's x0 where sigma is small, in latents of unit variance; chosen on the demo prior
+DOUBT = 0.2  # of a network's x0 where sigma is small, in latents of unit variance. Less helps denoising, and a toy's samples then end off the noise
 
 
 def spread_of(sigma: Tensor, tau: float = 1.0) -> float:

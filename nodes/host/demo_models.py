@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TOLERATED = 1.25  # between that side and the run's: margins, and crops that are nearly a portrait, need no warning
 KNOWS = "posterior_knows"  # attachment of a MODEL: side in pixels of the pictures that it was trained on
 
 
@@ -39,13 +40,13 @@ def slim_sd15(unet_state: dict[str, Tensor], side: int) -> Any:
 
 
 def size_note(patcher: Any, size: tuple[int, int]) -> str:
-    """What to say of a picture (height, width) that a demo prior does not know; "" for all others and for other models."""
+    """What to say of a run's (height, width) that a demo prior does not know; "" for all others and for other models."""
     side = patcher.attachments.get(KNOWS)
-    if side is None or max(*size, side) <= 1.25 * min(*size, side):
+    if side is None or max(*size, side) <= TOLERATED * min(*size, side):
         return ""
     return (
-        f"the demo prior knows portraits of {side} x {side} pixels, and this photo is restored at {size[1]} x {size[0]}: the "
-        f"result can agree with the photo and not be one portrait"
+        f"the demo prior knows portraits of {side} x {side} pixels, and this run works on {size[1]} x {size[0]}, margins included: the "
+        f"result can agree with the photo and still be a wrong picture. Give it pictures of {side} x {side}, or take your own model"
     )
 
 

@@ -104,6 +104,7 @@ def run_on_host(
         vae = None
     readout = Readout(unique_id, residual_scale(measurement), measurement.sigma / 2, [] if notes is None else notes)
     if line := size_note(guider.model_patcher, tuple(measurement.operator.in_shape[1:])):
+        log.warning(line)
         readout.note(line)
     plan = Plan() if plan is None else plan
     need, memory = needed(plan, guider, vae, x, network_gradient), plan.mode or memory

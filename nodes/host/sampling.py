@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .internals import without
 
-# The model's time in as many equal parts as there are steps, and the middle of each. Schedulers of the host spend a call of few on
-# sigma_max, where the start is known better than the network can tell, or one on sigma_min, where nothing is left to tell.
+# The model's time, as its `timestep` counts it, in as many equal parts as there are steps, and the middle of each. Schedulers of the
+# host spend one of few calls on sigma_max, where the filled photo says more than the network can, or on sigma_min, where nothing is
+# left to tell: with 5 calls that cost .2 to .7 dB on the demo prior, with 10 about .1.
 MIDPOINTS = "midpoints"
 
 

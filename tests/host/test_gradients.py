@@ -163,7 +163,7 @@ def test_rescale_cfg_and_zero_terminal_snr(from_the_top: bool, sd15: Host) -> No
         model = RescaleCFG().patch(model, 0.7)[0]
     top = float(model.get_model_object("model_sampling").sigma_max)
     assert top > 1000
-    # Up there RescaleCFG rounds x0 to what float32 leaves of x, thousands of times larger: shorter steps measure that.
+    # Up there RescaleCFG rounds x0 to what float32 leaves of x, thousands of times larger: shorter steps would measure the rounding.
     run = {"sigmas": torch.tensor([top, 1.0]), "step": 1e-2} if from_the_top else {}
     assert_gradient(Host(sd15.pack, "sd15", model, sd15.vae), **run)
 

@@ -389,15 +389,17 @@ def test_lands_on_the_photo_where_the_photo_fixes_everything(
 
 
 @pytest.mark.parametrize("steps", [1, 5, 10])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [*ARCHS, "zsnr"])
 def test_midpoints_are_every_other_level_of_a_finer_schedule(arch: str, steps: int, hosts: Callable[..., Host]) -> None:
     """ComfyUI's "normal" has both ends and equal parts in between."""
     import comfy.samplers
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
-    h = hosts(arch)
+    h = hosts("sd15" if arch == "zsnr" else arch)
     with torch.inference_mode():
-        sigmas = h.pack.nodes.host.sigmas_of(h.model, steps, "midpoints")
-        finer = comfy.samplers.calculate_sigmas(h.model.get_model_object("model_sampling"), "normal", 2 * steps + 1)
+        model = ModelSamplingDiscrete().patch(h.model, "v_prediction", True)[0] if arch == "zsnr" else h.model
+        sigmas = h.pack.nodes.host.sigmas_of(model, steps, "midpoints")
+        finer = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 2 * steps + 1)
     torch.testing.assert_close(sigmas[:-1], finer[1:-1:2], rtol=1e-4, atol=0)
     assert sigmas[-1] == 0
     assert bool((sigmas.diff() < 0).all())
