@@ -13,6 +13,7 @@ import io
 import pathlib
 import platform
 import re
+import signal
 import sys
 import time
 from typing import Any
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--paper-calls", type=int, default=250)
     parser.add_argument("--tasks", default=",".join(TASKS))
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server ends with this
     paths, log = prepare(), ROOT / "output" / "benchmark_server.log"
     log.parent.mkdir(exist_ok=True)
     (paths["base"] / "input").mkdir(exist_ok=True)
