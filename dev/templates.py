@@ -67,7 +67,7 @@ DEMO_TEMPLATES = [
         "deblur_gaussian",
         "## Gaussian deblurring with Restore\nA soft photo with a little noise. **Estimate Blur** reads the width of your photo's blur "
         f"from a crop of one sharp edge, **Estimate Noise** its sigma.\n\n{SWAP}.",
-        one_node([operator("PosteriorBlur", 0, kernel="gaussian", kernel__sigma=3.0)], first=6, sigma=0.01),
+        one_node([operator("PosteriorBlur", 0, kernel="gaussian", kernel__sigma=3.0)], first=6, sigma=0.01, quality="best"),
     ),
     Template(
         "deblur_motion",

@@ -106,14 +106,14 @@ def test_what_comfyui_itself_needs_too(
         pass
 
 
-def restore(h: Host) -> Any:
+def restore(h: Host, **options: Any) -> Any:
     with torch.inference_mode():
         given = (h.model, h.vae, conditioning("sd15", 1), h.measurement(), "C-PiGDM", "fast", 0, 1.0)
-        return h.pack.nodes.restore.Restore.execute(*given)
+        return h.pack.nodes.restore.Restore.execute(*given, **options)
 
 
 CALLS = {
-    "PosteriorRestore": restore,
+    "PosteriorRestore": lambda h: restore(h, scheduler="normal"),
     "PosteriorSaveMeasurement": lambda h: h.pack.nodes.storage.SaveMeasurement.execute(h.measurement(), "missing"),
     "PosteriorLoadMeasurement": lambda h: h.pack.nodes.storage.LoadMeasurement.execute("missing_00001_.safetensors [output]"),
 }
@@ -148,6 +148,7 @@ def test_what_restore_can_do_without_costs_that_alone(
     assert "runs without" not in caplog.text
     for module, name in (
         ("latent_preview", "prepare_callback"), ("comfy.utils", "PROGRESS_BAR_ENABLED"), ("comfy_api.latest.ui", "PreviewImage"),
+        ("comfy.samplers", "calculate_sigmas"),
     ):  # fmt: skip
         monkeypatch.delattr(find(module), name)
     assert torch.equal(restore(h).args[0], expected)
