@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / "dev")]  # in place of this folder, whose operators.py would shadow the package
 
+from benchmarks.quality_report import mean_and_error  # noqa: E402
 from dev.server import Server, running  # noqa: E402
 from dev.setup_host import prepare  # noqa: E402
 
@@ -164,10 +165,9 @@ def main() -> None:
                 for i in range(given.pictures)
             ]
             (a, ra, sa), (b, rb, sb) = np.mean(runs, 0)
-            difference = np.array([own[0] - paper[0] for own, paper in runs])
-            error = difference.std(ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else np.nan
+            difference, error = mean_and_error([own[0] - paper[0] for own, paper in runs])
             lines.append(
-                f"| {task} | {a:.2f} | {b:.2f} | {a - b:+.2f} +- {error:.2f} | {ra:.1f} | {rb:.1f} | {sa:.2f} | {sb:.2f} | {sb / sa:.1f} |"
+                f"| {task} | {a:.2f} | {b:.2f} | {difference:+.2f} +- {error:.2f} | {ra:.1f} | {rb:.1f} | {sa:.2f} | {sb:.2f} | {sb / sa:.1f} |"
             )
             print(lines[-1], flush=True)
             RESULT.write_text("\n".join(lines) + "\n")

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOLERATED = 1.25  # between that side and the run's: margins, and crops that are nearly a portrait, need no warning
 KNOWS = "posterior_knows"  # attachment of a MODEL: side in pixels of the pictures that it was trained on
+TOLERATED = 1.25  # between that side and a run's: small margins and crops need no warning
 
 
 def slim_sd15(unet_state: dict[str, Tensor], side: int) -> Any:
