@@ -1,5 +1,6 @@
 """What quality.py compares: tasks and methods on the demo prior's latents and on its sibling's pixels."""
 
+import copy
 import hashlib
 import itertools
 import math
@@ -29,7 +30,7 @@ from operators import (
     stripe_mask,
 )
 from prior import networks
-from samplers import fill_unseen, sample_cpigdm, sample_psld
+from samplers import fill_unseen, sample_cpigdm, sample_psld, start_level
 
 Tasks = dict[str, Callable[[], LinearOperator]]
 Method = Callable[..., Tensor]  # (prior, measurement, calls, seed, **options) -> pictures before Finish
@@ -69,18 +70,42 @@ SMALL_TASKS: Tasks = {
 }
 
 
-class Prior:
-    """A network with the start and the noise levels of a run, and the feature space that pictures are compared in."""
+class Rounded:
+    """An autoencoder that computes in another precision than that of what it is given."""
 
-    def __init__(self, pixels: bool) -> None:
+    def __init__(self, autoencoder: networks.Autoencoder, dtype: torch.dtype) -> None:
+        # A copy: the original stays in float32, to compare pictures with.
+        self.autoencoder = copy.deepcopy(autoencoder).to(dtype)
+        self.dtype = dtype
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.autoencoder.decode(z.to(self.dtype)).to(z.dtype)
+
+    def encode(self, image: Tensor) -> Tensor:
+        return self.autoencoder.encode(image.to(self.dtype)).to(image.dtype)
+
+
+class Prior:
+    """A network with the start and the noise levels of a run, and the feature space that pictures are compared in.
+
+    Args:
+        pixels: the sibling on 32 x 32 pixels.
+        precision: that the networks of a run compute in, "float32" or "bfloat16"; everything else is float32.
+    """
+
+    def __init__(self, pixels: bool, precision: str = "float32") -> None:
         self.unet, autoencoder = networks.load()
-        self.autoencoder = autoencoder.to(memory_format=torch.channels_last)
+        autoencoder = autoencoder.to(memory_format=torch.channels_last)
         self.shape: tuple[int, int, int] = (4, 16, 16)
         if pixels:
             self.unet, self.shape = networks.load_pixels(), SMALL
+        self.dtype = getattr(torch, precision)
+        self.unet = self.unet.to(self.dtype)
+        self.encode_features = autoencoder.encode
+        self.autoencoder = autoencoder if self.dtype == torch.float32 else Rounded(autoencoder, self.dtype)
 
     def model(self, x: Tensor, sigma: Tensor, seed: int = 0) -> Tensor:
-        return networks.denoise(self.unet, x, sigma)
+        return networks.denoise(lambda x, t: self.unet(x.to(self.dtype), t).to(x.dtype), x, sigma)
 
     def noise(self, count: int, seed: int) -> Tensor:
         """Image i as in a run of its own with seed + i."""
@@ -95,10 +120,11 @@ class Prior:
         levels = networks.noise_levels().float()
         return torch.cat([levels[torch.linspace(len(levels) - 1, 0, calls).round().long()], torch.zeros(1)])
 
-    def midpoints(self, calls: int) -> Tensor:
-        """The middle timesteps of equal parts, as the Restore node has them; then 0."""
+    def midpoints(self, calls: int, start: float) -> Tensor:
+        """The middle timesteps of equal parts below sigma = start, as the Restore node has them; then 0."""
         levels = networks.noise_levels().float()
-        times = (len(levels) - 1) * (1 - (torch.arange(calls) + 0.5) / calls)
+        top = float((levels.log() - math.log(start)).abs().argmin())
+        times = top * (1 - (torch.arange(calls) + 0.5) / calls)
         below = times.long()
         return torch.cat([torch.lerp(levels[below].log(), levels[below + 1].log(), times - below).exp(), torch.zeros(1)])
 
@@ -107,7 +133,7 @@ class Prior:
         """The encoder's latents; small pictures are enlarged to what it knows."""
         if pictures.shape[-1] != SHAPE[-1]:
             pictures = torch.nn.functional.interpolate(pictures, size=SHAPE[1:], mode="bicubic", align_corners=False)
-        return self.autoencoder.encode(pictures)
+        return self.encode_features(pictures)
 
 
 def weights_id(pixels: bool) -> str:
@@ -163,7 +189,7 @@ def latent_method(solve: Method, by_midpoints: bool = False, **options: Any) -> 
         """midpoints: as the Restore node runs it, the noise added to the filled photo; otherwise from noise alone, as the papers do."""
         x, sigmas = prior.start(len(measurement.y), seed), prior.sigmas(calls)
         if midpoints:
-            sigmas = prior.midpoints(calls)
+            sigmas = prior.midpoints(calls, start_level(measurement, SHAPE[-1] // prior.shape[-1]))
             with torch.no_grad():
                 filled = prior.autoencoder.encode(fill_unseen(measurement).clamp(-1, 1))
             x = filled + sigmas[0] * prior.noise(len(filled), seed)

@@ -70,15 +70,32 @@ def ahead(rows: Rows, tasks: list[str], names: list[str], leader: str) -> list[s
     return lines
 
 
-def table(rows: Rows, tasks: list[str], methods: list[str], parts: Parts, leader: str) -> str:
-    """The rows of one split and one version of the weights, as Markdown."""
+def precisions(rows: Rows, others: Rows, tasks: list[str], names: list[str]) -> list[str]:
+    """By how many dB of PSNR the rows are ahead of the same runs in another precision, mean and standard error over their pictures."""
+    names = [name for name in names if any(r["method"] == name for r in others)]
+    lines = ["| task | sigma | n | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    for task in tasks:
+        for sigma in sorted({float(r["sigma"]) for r in others if r["task"] == task}):
+            found, reference = psnrs(rows, task, sigma), psnrs(others, task, sigma)
+            cells, counts = [], set()
+            for name in names:
+                common = found.get(name, {}).keys() & reference.get(name, {}).keys()
+                counts.add(len(common))
+                mean, error = mean_and_error([found[name][i] - reference[name][i] for i in common]) if common else (math.nan, 0)
+                cells.append(f"{mean:+.2f} +- {error:.2f}" if common else "-")
+            lines.append(f"| {task} | {sigma:g} | {max(counts, default=0)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def table(rows: Rows, others: Rows, tasks: list[str], methods: list[str], parts: Parts, leader: str) -> str:
+    """The rows of one split, one version of the weights and one precision, as Markdown; `others`: those of another precision."""
     if not rows:
         return "# Quality on the demo prior\n\nNothing measured with the present weights.\n"
     names = in_order(rows, methods, parts)
     lines = [
         "# Quality on the demo prior",
         "",
-        f"Held-out portraits, split `{rows[0]['split']}`, weights {rows[0]['weights']}; {platform.machine()}, 1 thread, torch "
+        f"Held-out portraits, split `{rows[0]['split']}`, weights {rows[0]['weights']}, networks in {rows[0]['precision']}; {platform.machine()}, 1 thread, torch "
         f"{torch.__version__}. Made by `benchmarks/quality.py`, whose text says what each column is; mean and standard error over n pictures.",
         "",
         "A row with fewer pictures compares with the others through the same first pictures only.",
@@ -89,6 +106,13 @@ def table(rows: Rows, tasks: list[str], methods: list[str], parts: Parts, leader
     ]
     if leader in names:
         lines += ["", f"## {leader} less each, dB", "", *ahead(rows, tasks, names, leader)]
+    if {r["method"] for r in others} & set(names):
+        lines += [
+            "",
+            f"## {rows[0]['precision']} less {others[0]['precision']}, dB",
+            "",
+            *precisions(rows, others, tasks, names),
+        ]
     for task in tasks:
         for sigma in sorted({float(r["sigma"]) for r in rows if r["task"] == task}):
             here = [r for r in rows if r["task"] == task and float(r["sigma"]) == sigma]

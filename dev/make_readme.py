@@ -15,7 +15,7 @@ from benchmarks.quality_methods import DENOISE_SIGMA, weights_id  # noqa: E402
 from benchmarks.quality_report import RESULTS, mean_and_error, psnrs, read  # noqa: E402
 
 ROWS = RESULTS / "quality.csv"
-SIGMA = 0.02
+SIGMA, PRECISION = 0.02, "bfloat16"
 TASKS = {
     "downscale_4": "x4 super-resolution",
     "downscale_8": "x8 super-resolution",
@@ -46,7 +46,8 @@ METHODS = {
 def quality() -> str:
     """PSNR by task and method, over the pictures that all of them have; methods not measured on every task are left out."""
     weights = weights_id(pixels=False)
-    rows = [row for row in read(ROWS) if row["weights"] == weights and row["split"] == "validate"]
+    of = {"weights": weights, "split": "validate", "precision": PRECISION}
+    rows = [row for row in read(ROWS) if all(row[key] == value for key, value in of.items())]
     found = {task: psnrs(rows, task, DENOISE_SIGMA if task == "denoise" else SIGMA) for task in TASKS}
     methods = [method for method in METHODS if all(method in of for of in found.values())]
     if missing := [METHODS[method] for method in METHODS if method not in methods]:

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..operators import Crop, Identity, Measurement
-from ..samplers import fill_unseen, measured, sample_cpigdm, sample_psld
+from ..samplers import fill_unseen, measured, sample_cpigdm, sample_psld, start_level
 from . import host
 from .finish import finish
 from .pictures import heat, shown
@@ -107,7 +107,8 @@ class Restore(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="How the noise levels are spaced. midpoints: the middle of equal parts of the model's time, so that none of few "
-                    "network calls goes to the very ends. The others are ComfyUI's.",
+                    "network calls goes to the very ends, below the level at which noise hides what is wrong with the filled photo: the higher "
+                    "the larger its largest hole. The others are ComfyUI's, from the model's highest level on.",
                 ),
                 *run_inputs(LIGHTER_TEXT),
             ],
@@ -147,7 +148,7 @@ class Restore(io.ComfyNode):
         window, wide = widened(exact, host.side_multiple(vae))
         filled = to_image(fill_unseen(host.stoppable(wide))).clamp(0, 1)
         on_pixels = host.works_on_pixels(vae)  # past its VAE, which rounds to bfloat16 on most GPUs
-        sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler)
+        ratio = 1 if on_pixels else vae.upscale_ratio
         solve, options = SOLVERS[method]
         if method == "C-PiGDM" and samples > 1:
             options = {**options, "eta": ETA_OF_SEVERAL}
@@ -161,6 +162,7 @@ class Restore(io.ComfyNode):
         for i in range(len(filled)):
             first = filled[i : i + 1]
             start = to_signal("measurement", first).float() if on_pixels else vae.encode(first)
+            sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler, start_level(wide.select(i), ratio))
             for k in range(samples):
                 check = check_gradients and i == k == 0
                 photo = wide.select(i)

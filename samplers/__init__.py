@@ -3,6 +3,7 @@
 from .cpigdm import sample_cpigdm
 from .pixels import enforce_consistency, expected_error, feather_holes, fill_unseen, measured
 from .psld import sample_psld
+from .start import largest_hole, start_level
 from .states import State
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "expected_error",
     "feather_holes",
     "fill_unseen",
+    "largest_hole",
     "measured",
     "sample_cpigdm",
     "sample_psld",
+    "start_level",
 ]

@@ -180,8 +180,6 @@ class Dual:
         space, s, t = self.space, sigma, sigma_next
         variance, n = self.variance(s), space.noise**2
         nu = torch.zeros_like(innovation) if self.nu is None else self.nu
-        if self.nu is not None and t > 0:
-            nu = nu * per_image(space.active(self.untilted(x0, s), innovation), nu)
         d = space.gram(innovation - n * nu, lambda values: 1 / (values * variance + n))
         target = x0 + variance.to(x0) * space.adjoint(d)
         if t > 0:

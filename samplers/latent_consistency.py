@@ -11,6 +11,9 @@ from .steps import Autoencoder, per_image, vjp
 
 DOUBT = 0.2  # of a network's x0 where sigma is small, in latents of unit variance. Less helps denoising, and a toy's samples then end off the noise
 
+ARRIVED = 1e-3  # of the goal: a residual as near to it is on it
+LEEWAY = 2.0  # times the spread: how far from the prior's mean a z may be led out of the noise
+
 
 def spread_of(sigma: Tensor, tau: float = 1.0) -> float:
     """Standard deviation of the truth's latent around the network's x0 at a noise level; tau: that of all latents."""
@@ -23,25 +26,26 @@ def match_by_decoder(
     measurement: Any,
     autoencoder: Autoencoder | None,
     steps: int,
-    noise_norm: Tensor,
+    goal: Tensor,
     prior: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Move z towards A D(z) = y by conjugate gradients on ||A D(z) - y||^2 / 2, at most until the residual is that of the noise.
+    """Move z towards A D(z) = y by conjugate gradients on ||A D(z) - y||^2 / 2, at most until the residual is `goal`.
 
     With noise a prior counts too: the steps then minimise ||A D(z) - y||^2 / sigma^2 + ||z - mean||^2 / spread^2, but none moves
     away from y outside the noise. A decoder draws no picture exactly, so that without the prior noise would have to make up for
     the rest of the residual.
 
     Each step decodes twice and takes one vjp of the decoder: the gradient, and A J d for the exact line search of the linearised
-    decoder. The step that would cross sigma sqrt(m) ends on it (discrepancy principle), whether it comes from further away or,
-    back to the prior's mean, from nearer to y.
+    decoder. The step that would cross the goal ends on it (discrepancy principle), whether it comes from further away or, back to
+    the prior's mean, from nearer to y. Where the prior's mean itself is nearer to y than the goal, steps go the direction of descent
+    backwards, within twice the spread around the mean: a z that has adapted to the noise is led out of it.
 
     Args:
         z: (B, c, h, w) scaled latents.
         measurement: `y` (B, ...), `operator`, `sigma`.
         autoencoder: only D is used; None is pixel space, D = I.
         steps: at most this many.
-        noise_norm: ||A D(z) - y|| at which an image agrees, (B,), from `pixels.noise_norm`.
+        goal: ||A D(z) - y|| to end on, (B,): that of `pixels.noise_norm` for a sample, 0 for a mean, which the prior alone holds back.
         prior: mean, like z, and standard deviation of the truth's latent, before y is seen.
 
     Returns:
@@ -52,7 +56,6 @@ def match_by_decoder(
     # Root mean square move of the finite difference, in latents of about unit variance: above the decoder's rounding.
     move = max(0.01, torch.finfo(getattr(autoencoder, "dtype", z.dtype)).eps ** 0.5)
     fit = None
-    goal = noise_norm**2
     z = z.detach()
     mean, spread = (z, float("inf")) if prior is None else prior
     damping = (measurement.sigma / spread) ** 2
@@ -60,12 +63,17 @@ def match_by_decoder(
     # as one does that a network gone astray has saturated.
     longest = 4 * z.flatten(1).norm(dim=1).clamp(min=z[0].numel() ** 0.5)
     before = direction = torch.zeros_like(z)
+    arrived = torch.zeros(len(z), dtype=torch.bool, device=z.device)
     for _ in range(steps):
         with torch.enable_grad():
             z.requires_grad_()
             seen = operator.A(decode(z))
             residual = (y - seen).detach()
-            fit = residual.flatten(1).norm(dim=1) if fit is None else fit
+            distance = residual.flatten(1).norm(dim=1)
+            fit = distance if fit is None else fit
+            arrived |= (distance - goal).abs() < ARRIVED * goal
+            if bool(arrived.all()):
+                return z.detach(), fit
             descent = vjp(seen, z, residual) - damping * (z.detach() - mean)
         with torch.no_grad():
             z, seen = z.detach(), seen.detach()
@@ -78,14 +86,18 @@ def match_by_decoder(
             slope = (operator.A(decode(z + per_image(probe, z) * direction)) - seen) / per_image(probe, seen)
             curve = _dot(slope, slope).clamp(min=1e-30)
             best = _dot(residual, slope) / curve
-            excess = (_dot(residual, residual) - goal) / curve
-            towards = best - (best**2 - excess.clamp(min=0)).clamp(min=0).sqrt()
+            excess = (_dot(residual, residual) - goal**2) / curve
             room = (-excess).clamp(min=0)
-            back = _ratio(room, (best**2 + room).sqrt() - best)
-            length = torch.where(best > 0, towards, back)
+            far = (best**2 + room).sqrt()
+            towards = best - (best**2 - excess.clamp(min=0)).clamp(min=0).sqrt()
+            length = torch.where(best > 0, towards, _ratio(room, far - best))
             damped = _dot(residual, slope) - damping * _dot(z - mean, direction)
             length = torch.minimum(length, (damped / (curve + damping * size**2)).clamp(min=0))
             length = torch.minimum(length, longest / size)
+            leeway = (LEEWAY * spread * z[0].numel() ** 0.5 - (z - mean).flatten(1).norm(dim=1)).clamp(min=0)
+            outwards = torch.minimum(_ratio(room, far + best), leeway / size)
+            length = torch.where((room > 0) & (best > 0), -outwards, length)
+            length = torch.where(arrived, 0, length)
             z = z + per_image(length, z) * direction
     return z, fit
 

@@ -12,9 +12,9 @@ from .steps import Autoencoder
 
 Spectral = Callable[[Tensor], Tensor]
 
-# Both chosen on the demo prior.
-EARLY = 4.0  # sigma over tau, above which x0 is a blur: more than one consistency step gained nothing on average
-NEARER = 0.92  # share of the noise that x0 may leave before the last step: it is a mean there, and means lie nearer to y than samples
+EARLY = (
+    4.0  # sigma over tau, above which x0 is a blur: more than one consistency step gained nothing on average on the demo prior
+)
 
 
 class Space:
@@ -48,10 +48,6 @@ class Space:
     def full(self, innovation: Tensor) -> Tensor:
         """The change of x0 that meets y."""
         return innovation
-
-    def active(self, prior_mean: Tensor, innovation: Tensor) -> Tensor:
-        """Whether y says anything that the prior does not, (B,)."""
-        return torch.ones(len(innovation), device=innovation.device)
 
 
 class NoisyPixels(Space):
@@ -118,21 +114,14 @@ class Latents(Space):
         steps = self.last_steps if last else self.inner_steps if sigma <= EARLY * self.tau else 1
         if self.consistency == "decoder":
             near = (prior_mean, spread_of(sigma, self.tau))
-            goal = self.noise_norm if last else NEARER * self.noise_norm
+            # Before the last step x0 is a mean, and how near to y that lies the prior alone tells.
+            goal = self.noise_norm if last else torch.zeros_like(self.noise_norm)
             target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, goal, near)
         else:
             target, fit = match_by_encoder(x0, self.measurement, self.autoencoder, steps)
         if last:
             target = closer(target, x0, fit, self.measurement, self.autoencoder, self.noise_norm)
         return target - x0, fit
-
-    def active(self, prior_mean: Tensor, innovation: Tensor) -> Tensor:
-        """Latents within the noise mostly stay where they are; without the tilt they may not be within it."""
-        moved = innovation.flatten(1).any(1)
-        if bool(moved.all()):
-            return moved
-        fit = self.measurement.residual_norm(self.autoencoder.decode(prior_mean))
-        return moved | (fit > self.noise_norm)
 
     def apply(self, x: Tensor, f: Spectral) -> Tensor:
         return _at(f, 1.0, x) * x

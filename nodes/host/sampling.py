@@ -6,18 +6,20 @@ import torch
 from torch import Tensor
 
 from .internals import without
+from .refusals import state_of
 
-# The model's time, as its `timestep` counts it, in as many equal parts as there are steps, and the middle of each. Schedulers of the
-# host spend one of few calls on sigma_max, where the filled photo says more than the network can, or on sigma_min, where nothing is
-# left to tell: with 5 calls that cost .2 to .7 dB on the demo prior, with 10 about .1.
+# The model's time, as its `timestep` counts it, below the level that the filled photo needs, in as many equal parts as there are
+# steps, and the middle of each. Schedulers of the host spend calls where the filled photo says more than the network can, and one on
+# sigma_min, where nothing is left to tell: benchmarks/results/latent_tuning.md has what that cost.
 MIDPOINTS = "midpoints"
 
 
-def sigmas_of(model: Any, steps: int, scheduler: str) -> Tensor:
+def sigmas_of(model: Any, steps: int, scheduler: str, start: float | None = None) -> Tensor:
     """Noise levels for a MODEL, (steps + 1,), the last 0.
 
     Args:
         scheduler: one of the host's, or MIDPOINTS.
+        start: sigma of the k-state, for data of unit variance, that MIDPOINTS begin below; None is the highest.
 
     Raises:
         ValueError: a scheduler that the host does not have, or that makes no such list for this model.
@@ -27,6 +29,9 @@ def sigmas_of(model: Any, steps: int, scheduler: str) -> Tensor:
     sampling = model.get_model_object("model_sampling")
     if scheduler == MIDPOINTS:
         first, last = (float(sampling.timestep(level)) for level in (sampling.sigma_max, sampling.sigma_min))
+        if start is not None:
+            wanted = torch.tensor(start * getattr(sampling, "sigma_data", 1.0))
+            first = _time_of(sampling, float(state_of(sampling).sigma_from_k(wanted)), first, last)
         times = first + (last - first) * (torch.arange(steps) + 0.5) / steps
         return torch.cat([torch.stack([sampling.sigma(t) for t in times]).cpu().float(), torch.zeros(1)])
     try:
@@ -34,6 +39,20 @@ def sigmas_of(model: Any, steps: int, scheduler: str) -> Tensor:
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"scheduler: {scheduler!r} makes no {steps} steps for this model ({error}); choose another") from error
     return sigmas.cpu()
+
+
+def _time_of(sampling: Any, level: float, high: float, low: float) -> float:
+    """The time between two at which the model's noise level is `level`, or the first. A flow's `timestep` is not that: it knows no shift."""
+
+    def below(time: float) -> bool:
+        return float(sampling.sigma(torch.tensor(time))) < level
+
+    if below(high):
+        return high
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return high
 
 
 def schedulers() -> list[str]:
