@@ -1,12 +1,12 @@
 """Whether the spread of the samples is right: does the truth lie where they say it does?
 
-    python benchmarks/calibration.py [--pictures 16] [--samples 20] [--tasks box,downscale_8] [--methods cpigdm_10,cpigdm:eta=1.0_10]
+    python benchmarks/calibration.py [--pictures 16] [--samples 20] [--tasks box,downscale_8] [--methods cpigdm:several=True:eta=1.0_10]
 
 For each held-out portrait, samples from different seeds, made to agree with the photo (without Finish's soft edge in holes). Of every pixel
 that the photo does not fix (a hole's; all of them for other tasks) and each colour: whether the truth lies in the band of its samples that
 one more sample would lie in with 80 % ("inside": 80 is right, less is too sure), and over the picture the correlation r of the standard
 deviation over the samples with the error of their mean, both as the Uncertainty node has them, one number for each pixel. Writes
-results/calibration.md; noise .02. A picture takes a minute or two.
+results/calibration.md; noise .02. "several=True:eta=1.0" is what Restore does for several samples. A picture takes a minute or two.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--tasks", default="box,free_form,stripes,downscale_8,grayscale")
-    parser.add_argument("--methods", default="cpigdm_10,cpigdm:eta=1.0_10")
+    parser.add_argument("--methods", default="cpigdm_10,cpigdm:several=True:eta=1.0_10")
     given = parser.parse_args()
     if given.samples < 9:
         parser.error(f"--samples: got {given.samples}, expected at least 9; fewer have no tenth and no ninetieth percentile")

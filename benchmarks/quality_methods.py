@@ -123,7 +123,7 @@ class Prior:
     def midpoints(self, calls: int, start: float) -> Tensor:
         """The middle timesteps of equal parts below sigma = start, as the Restore node has them; then 0."""
         levels = networks.noise_levels().float()
-        top = float((levels.log() - math.log(start)).abs().argmin())
+        top = float((levels <= start).sum() - 1)
         times = top * (1 - (torch.arange(calls) + 0.5) / calls)
         below = times.long()
         return torch.cat([torch.lerp(levels[below].log(), levels[below + 1].log(), times - below).exp(), torch.zeros(1)])
@@ -184,12 +184,22 @@ def decoder_only(prior: Prior, measurement: Measurement, calls: int, seed: int) 
 
 def latent_method(solve: Method, by_midpoints: bool = False, **options: Any) -> Method:
     def run(
-        prior: Prior, measurement: Measurement, calls: int, seed: int, midpoints: bool = by_midpoints, **others: Any
+        prior: Prior,
+        measurement: Measurement,
+        calls: int,
+        seed: int,
+        midpoints: bool = by_midpoints,
+        several: bool = False,
+        **others: Any,
     ) -> Tensor:
-        """midpoints: as the Restore node runs it, the noise added to the filled photo; otherwise from noise alone, as the papers do."""
+        """midpoints: as the Restore node runs it, the noise added to the filled photo; otherwise from noise alone, as the papers do.
+
+        several: from the highest level, as Restore draws several samples of one photo.
+        """
         x, sigmas = prior.start(len(measurement.y), seed), prior.sigmas(calls)
         if midpoints:
-            sigmas = prior.midpoints(calls, start_level(measurement, SHAPE[-1] // prior.shape[-1]))
+            level = start_level(measurement, SHAPE[-1] // prior.shape[-1])
+            sigmas = prior.midpoints(calls, math.inf if several else level)
             with torch.no_grad():
                 filled = prior.autoencoder.encode(fill_unseen(measurement).clamp(-1, 1))
             x = filled + sigmas[0] * prior.noise(len(filled), seed)

@@ -97,8 +97,9 @@ class Restore(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="How many results for each photo, for the Uncertainty node: where they differ, the details are invented. With more than "
-                    "one, C-PiGDM draws each with less fresh noise (eta 1): they differ more, in holes nearly as much as they are wrong, and the first is "
-                    "not the picture that a single one would be, which is a little closer to the truth. PSLD's differ by their start alone.",
+                    "one, each starts from the highest noise level, and C-PiGDM draws it with less fresh noise (eta 1): they differ more, in holes nearly as much "
+                    "as they are wrong, and the first is not the picture that a single one would be, which is closer to the truth. PSLD's differ by their "
+                    "start alone.",
                 ),
                 io.Combo.Input(
                     "scheduler",
@@ -107,8 +108,8 @@ class Restore(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="How the noise levels are spaced. midpoints: the middle of equal parts of the model's time, so that none of few "
-                    "network calls goes to the very ends, below the level at which noise hides what is wrong with the filled photo: the higher "
-                    "the larger its largest hole. The others are ComfyUI's, from the model's highest level on.",
+                    "network calls goes to the very ends. They begin where noise just hides what is wrong with the filled photo, higher for large "
+                    "holes; for several samples, and for models that work on pixels, at the model's highest level. The others are ComfyUI's, from the model's highest level on.",
                 ),
                 *run_inputs(LIGHTER_TEXT),
             ],
@@ -148,7 +149,6 @@ class Restore(io.ComfyNode):
         window, wide = widened(exact, host.side_multiple(vae))
         filled = to_image(fill_unseen(host.stoppable(wide))).clamp(0, 1)
         on_pixels = host.works_on_pixels(vae)  # past its VAE, which rounds to bfloat16 on most GPUs
-        ratio = 1 if on_pixels else vae.upscale_ratio
         solve, options = SOLVERS[method]
         if method == "C-PiGDM" and samples > 1:
             options = {**options, "eta": ETA_OF_SEVERAL}
@@ -162,7 +162,12 @@ class Restore(io.ComfyNode):
         for i in range(len(filled)):
             first = filled[i : i + 1]
             start = to_signal("measurement", first).float() if on_pixels else vae.encode(first)
-            sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler, start_level(wide.select(i), ratio))
+            # Several samples are to differ as much as the posterior's, and start from the highest level, as do pictures of pixels, on
+            # which no other was measured.
+            level = None
+            if scheduler == host.MIDPOINTS and samples == 1 and not on_pixels:
+                level = start_level(host.stoppable(exact.select(i)), vae.upscale_ratio)
+            sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler, level)
             for k in range(samples):
                 check = check_gradients and i == k == 0
                 photo = wide.select(i)

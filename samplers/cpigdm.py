@@ -43,6 +43,7 @@ def sample_cpigdm(
     consistency: Literal["decoder", "encoder"] = "decoder",
     inner_steps: int = 4,
     last_steps: int = 10,
+    stop: float = 0.0,
     jacobian: Literal["off", "k", "vp"] = "off",
     integrator: Literal["conjugate", "euler", "discrete"] = "conjugate",
     lam: float = 0.0,
@@ -82,6 +83,9 @@ def sample_cpigdm(
         inner_steps: for latents: consistency steps after each network call at sigma up to 4 tau, but that of the step to sigma 0; one
             above.
         last_steps: the same in the step to sigma 0.
+        stop: for latents and consistency "decoder": share of the noise, 0 to 1, at which the steps before that to sigma 0 end
+            (discrepancy principle). x0 is a mean there, and how near to y that lies the prior tells; 0 leaves it to the prior. With
+            more, few measured values end nearer to their noise, and pictures stay as far from y as a sigma given too large says.
         jacobian: "k" adds the network's Jacobian, frozen in the k-state, one vector-Jacobian product for each step; "vp" freezes
             it in the variance-preserving state, as the paper does.
         integrator: "conjugate" is the exact one; "euler" and "discrete" are plain PiGDM.
@@ -98,7 +102,7 @@ def sample_cpigdm(
     if eta is None:
         eta = 2.0 if weight == "dual" else 0.0
     check_common(x, sigmas, measurement, eta, inner_steps, last_steps)
-    _check_numbers(w=w, tau=tau, reach=reach, lam=lam)
+    _check_numbers(w=w, tau=tau, reach=reach, lam=lam, stop=stop)
     plain = weight != "dual" and integrator != "conjugate"
     if weight == "dual" and (jacobian != "off" or integrator != "conjugate" or lam):
         raise ValueError('weight: "dual" goes with jacobian "off", integrator "conjugate" and lam 0 only')
@@ -108,7 +112,7 @@ def sample_cpigdm(
     if tau is None or weight == "paper":
         tau = 0.1**0.5 if pixels else 1.0
     if not pixels:
-        space: Space = Latents(measurement, autoencoder, consistency, inner_steps, last_steps, tau)
+        space: Space = Latents(measurement, autoencoder, consistency, inner_steps, last_steps, tau, stop)
     else:
         space = NoisyPixels(measurement) if measurement.sigma > 0 else ExactPixels(measurement)
     if weight == "dual":
@@ -237,11 +241,13 @@ class Guidance:
         return denoised, change
 
 
-def _check_numbers(*, w: float, tau: float | None, reach: float, lam: float) -> None:
+def _check_numbers(*, w: float, tau: float | None, reach: float, lam: float, stop: float) -> None:
     if not w >= 0:
         raise ValueError(f"w: got {w}, expected a number >= 0")
     for name, value in (("tau", 1.0 if tau is None else tau), ("reach", reach)):
         if value is None or not value > 0:
             raise ValueError(f"{name}: got {value}, expected a number > 0")
+    if not 0 <= stop <= 1:
+        raise ValueError(f"stop: got {stop}, expected a share from 0 to 1")
     if not abs(lam) < float("inf"):
         raise ValueError(f"lam: got {lam}, expected a finite number")

@@ -12,7 +12,6 @@ from .steps import Autoencoder, per_image, vjp
 DOUBT = 0.2  # of a network's x0 where sigma is small, in latents of unit variance. Less helps denoising, and a toy's samples then end off the noise
 
 ARRIVED = 1e-3  # of the goal: a residual as near to it is on it
-LEEWAY = 2.0  # times the spread: how far from the prior's mean a z may be led out of the noise
 
 
 def spread_of(sigma: Tensor, tau: float = 1.0) -> float:
@@ -37,8 +36,7 @@ def match_by_decoder(
 
     Each step decodes twice and takes one vjp of the decoder: the gradient, and A J d for the exact line search of the linearised
     decoder. The step that would cross the goal ends on it (discrepancy principle), whether it comes from further away or, back to
-    the prior's mean, from nearer to y. Where the prior's mean itself is nearer to y than the goal, steps go the direction of descent
-    backwards, within twice the spread around the mean: a z that has adapted to the noise is led out of it.
+    the prior's mean, from nearer to y.
 
     Args:
         z: (B, c, h, w) scaled latents.
@@ -88,15 +86,12 @@ def match_by_decoder(
             best = _dot(residual, slope) / curve
             excess = (_dot(residual, residual) - goal**2) / curve
             room = (-excess).clamp(min=0)
-            far = (best**2 + room).sqrt()
             towards = best - (best**2 - excess.clamp(min=0)).clamp(min=0).sqrt()
-            length = torch.where(best > 0, towards, _ratio(room, far - best))
+            back = _ratio(room, (best**2 + room).sqrt() - best)
+            length = torch.where(best > 0, towards, back)
             damped = _dot(residual, slope) - damping * _dot(z - mean, direction)
             length = torch.minimum(length, (damped / (curve + damping * size**2)).clamp(min=0))
             length = torch.minimum(length, longest / size)
-            leeway = (LEEWAY * spread * z[0].numel() ** 0.5 - (z - mean).flatten(1).norm(dim=1)).clamp(min=0)
-            outwards = torch.minimum(_ratio(room, far + best), leeway / size)
-            length = torch.where((room > 0) & (best > 0), -outwards, length)
             length = torch.where(arrived, 0, length)
             z = z + per_image(length, z) * direction
     return z, fit
@@ -110,7 +105,7 @@ def closer(
     Args:
         z, start: (B, c, h, w).
         fit: ||A D(start) - y||, (B,).
-        noise_norm: as for `match_by_decoder`.
+        noise_norm: ||A D(z) - y|| at which an image agrees, (B,), from `pixels.noise_norm`.
     """
     image = z if autoencoder is None else autoencoder.decode(z)
     near = torch.maximum(fit, 1.001 * noise_norm)  # steps that end on the noise do so but for rounding

@@ -12,9 +12,8 @@ from .steps import Autoencoder
 
 Spectral = Callable[[Tensor], Tensor]
 
-EARLY = (
-    4.0  # sigma over tau, above which x0 is a blur: more than one consistency step gained nothing on average on the demo prior
-)
+# sigma over tau, above which x0 is a blur: more than one consistency step gained nothing on average on the demo prior.
+EARLY = 4.0
 
 
 class Space:
@@ -90,11 +89,12 @@ class ExactPixels(Space):
 
 
 class Latents(Space):
-    """Latent space: the innovation is a move of z0 towards A D(z) = y, not (far) below the noise, and near what the prior says.
+    """Latent space: the innovation is a move of z0 towards A D(z) = y, near what the prior says, in the last step not below the noise.
 
     Args:
         inner_steps: consistency steps where sigma is at most EARLY tau; above it is one.
         tau: standard deviation of the latents around their mean.
+        stop: share of the noise at which steps before the last end, at the latest.
     """
 
     def __init__(
@@ -105,17 +105,17 @@ class Latents(Space):
         inner_steps: int,
         last_steps: int,
         tau: float,
+        stop: float,
     ) -> None:
         self.measurement, self.autoencoder, self.consistency = measurement, autoencoder, consistency
-        self.inner_steps, self.last_steps, self.tau = inner_steps, last_steps, tau
+        self.inner_steps, self.last_steps, self.tau, self.stop = inner_steps, last_steps, tau, stop
         self.noise_norm = noise_norm(measurement)
 
     def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         steps = self.last_steps if last else self.inner_steps if sigma <= EARLY * self.tau else 1
         if self.consistency == "decoder":
             near = (prior_mean, spread_of(sigma, self.tau))
-            # Before the last step x0 is a mean, and how near to y that lies the prior alone tells.
-            goal = self.noise_norm if last else torch.zeros_like(self.noise_norm)
+            goal = self.noise_norm if last else self.stop * self.noise_norm
             target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, goal, near)
         else:
             target, fit = match_by_encoder(x0, self.measurement, self.autoencoder, steps)

@@ -13,6 +13,7 @@ from operators import (
     LinearOperator,
     Mask,
     Measurement,
+    Stack,
     box_mask,
     gaussian_kernel,
     stripe_mask,
@@ -67,6 +68,14 @@ def test_a_pixel_with_one_colour_left_is_no_hole() -> None:
     assert largest_hole(blank(Mask(keep))) == 0
     keep[:, :, 4:9, 4:9] = 0
     assert largest_hole(blank(Mask(keep))) == 5
+
+
+@pytest.mark.parametrize("factor", [8, 16, 32])
+def test_what_another_photo_shows_is_no_hole(factor: int) -> None:
+    """A block mean's weights are small beside a kept pixel's."""
+    shape = (3, 64, 64)
+    both = Stack([Mask(box_mask(shape, (40, 40), (8, 8))), AreaDownscale(shape, factor)])
+    assert largest_hole(blank(both)) == 0
 
 
 def test_the_level_is_in_proportion_to_the_hole() -> None:
