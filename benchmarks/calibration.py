@@ -67,11 +67,11 @@ def main() -> None:
     if given.samples < 9:
         parser.error(f"--samples: got {given.samples}, expected at least 9; fewer have no tenth and no ninetieth percentile")
     torch.set_num_threads(1)
-    prior = Prior(pixels=False)
+    prior = Prior(False, "bfloat16")
     lines = [
         "# Calibration of the samples",
         "",
-        f"{given.pictures} held-out portraits, {given.samples} samples each, noise {SIGMA:g}, weights {weights_id(False)}. Made by "
+        f"{given.pictures} held-out portraits, {given.samples} samples each, noise {SIGMA:g}, weights {weights_id(False)}, networks in bfloat16. Made by "
         "`benchmarks/calibration.py`, whose text says what the columns are. Deviation and error: root mean squares over the free pixels, "
         "on the 0 to 1 scale, the error of the mean of endlessly many; equal if the samples are as far apart as they are wrong.",
         "",

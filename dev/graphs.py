@@ -68,11 +68,18 @@ def degraded(operators: list[Node], pictures: tuple[int, int], sigma: float, col
 
 
 def stock_graph(
-    operators: list[Node], sampler: Node, *, steps: int, pictures: tuple[int, int], sigma: float = 0.0, hole: bool = False
+    operators: list[Node],
+    sampler: Node,
+    *,
+    steps: int,
+    pictures: tuple[int, int],
+    sigma: float = 0.0,
+    hole: bool = False,
+    denoise: float = 1.0,
 ) -> list[Node]:
     """ComfyUI's own guider, scheduler and SamplerCustomAdvanced around one of our samplers."""
     guider = {"model": MODEL, "positive": ("Positive Prompt", 0), "negative": ("Negative Prompt", 0), "cfg": 1.0}
-    scheduler = {"model": MODEL, "scheduler": "ddim_uniform", "steps": steps}
+    scheduler = {"model": MODEL, "scheduler": "ddim_uniform", "steps": steps, "denoise": denoise}
     sample = {
         "noise": ("Noise", 0),
         "guider": ("Guider", 0),

@@ -5,6 +5,7 @@ Arguments go to ComfyUI, for example --cpu.
 
 import errno
 import os
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -73,6 +74,10 @@ def main() -> int:
     name = "comfyui.db" if port == USUAL_PORT else f"comfyui-{port}.db"
     kept = port == USUAL_PORT or os.environ.get("PORT")
     extra += ["--database-url", f"sqlite:///{base / 'user' / name}" if kept else "sqlite:///:memory:"]
+    photo = base / "input" / "example.png"  # ComfyUI's own, which three of the templates name
+    photo.parent.mkdir(exist_ok=True)
+    if not photo.exists():
+        shutil.copyfile(paths["comfyui"] / "input" / "example.png", photo)
     models = [base / "models"]
     if os.environ.get("COMFYUI_DIR"):
         extra += model_folders(paths["comfyui"], base)
