@@ -21,6 +21,7 @@ from support.server_prompts import (
     inputs,
     keep,
     picture,
+    pictures,
     psnr,
     run,
     shipped,
@@ -65,19 +66,29 @@ def restored(request: pytest.FixtureRequest, server: Server) -> Restored:
     )
 
 
-def baseline(restored: Restored) -> np.ndarray:
+def baseline(truth: np.ndarray, measured: np.ndarray, hole: np.ndarray | None) -> np.ndarray:
     """Bicubic enlargement, or the mean of the kept pixels in the hole."""
-    if restored.hole is None:
-        height, width = restored.truth.shape[:2]
-        return np.asarray(Image.fromarray(restored.measured).resize((width, height), Image.Resampling.BICUBIC))
-    filled = restored.measured.copy()
-    filled[restored.hole] = filled[~restored.hole].mean(0).round()
+    if hole is None:
+        return np.asarray(Image.fromarray(measured).resize(truth.shape[1::-1], Image.Resampling.BICUBIC))
+    filled = measured.copy()
+    filled[hole] = filled[~hole].mean(0).round()
     return filled
 
 
-def test_beats_the_baseline(restored: Restored) -> None:
-    gain = 1 if restored.hole is None else 3
-    assert psnr(restored.result, restored.truth) >= psnr(baseline(restored), restored.truth) + gain
+@pytest.mark.parametrize(("workflow", "gain"), [("super_resolution_x8", 2), ("inpaint_box", 3)])
+def test_beats_the_baseline(server: Server, workflow: str, gain: float) -> None:
+    """On its four pictures, by the mean: what is invented in one of them differs by 2 dB with the seed, and with the processor's rounding."""
+    prompt = shipped(workflow)
+    inputs(prompt, "Demo Pictures")["count"] = 4
+    outputs = server.run(prompt)
+    truths, photos, results = (pictures(server, outputs, prompt, title) for title in ("Truth", "Measurement", "Result"))
+    hole = picture(server, outputs, prompt, "Hole")[..., 0] > 127 if gain == 3 else None
+    gains = [
+        psnr(result, truth) - psnr(baseline(truth, photo, hole), truth)
+        for truth, photo, result in zip(truths, photos, results, strict=True)
+    ]
+    assert len(gains) == 4
+    assert sum(gains) / 4 >= gain
 
 
 def test_agrees_with_the_photo(restored: Restored) -> None:
