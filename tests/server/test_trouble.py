@@ -265,7 +265,8 @@ def video_latent(prompt: Prompt, files: dict[str, str]) -> None:
 
 
 def nan_later(prompt: Prompt, files: dict[str, str]) -> None:
-    """A ControlNet takes part in the second half of the steps only."""
+    """A ControlNet takes part in the second half of the steps only, which are those of all noise levels."""
+    inputs(prompt, "Scheduler")["denoise"] = 1.0
     load(prompt, files["sound"], 0, 2)
     net = add(prompt, "ControlNet", "ControlNetLoader", control_net_name=files["control"])
     texts = {"positive": [titled(prompt, "Positive Prompt"), 0], "negative": [titled(prompt, "Negative Prompt"), 0]}
