@@ -6,7 +6,7 @@ For each held-out portrait, samples from different seeds, made to agree with the
 that the photo does not fix (a hole's; all of them for other tasks) and each colour: whether the truth lies in the band of its samples that
 one more sample would lie in with 80 % ("inside": 80 is right, less is too sure), and over the picture the correlation r of the standard
 deviation over the samples with the error of their mean, both as the Uncertainty node has them, one number for each pixel. Writes
-results/calibration.md; noise .02. "several=True:eta=1.0" is what Restore does for several samples. A picture takes a minute or two.
+results/calibration.md; noise .02. "several=True:eta=1.0" is what Restore does for several samples. A picture takes half a minute or so.
 """
 
 import argparse

@@ -80,6 +80,7 @@ def stock_graph(
     """ComfyUI's own guider, scheduler and SamplerCustomAdvanced around one of our samplers."""
     guider = {"model": MODEL, "positive": ("Positive Prompt", 0), "negative": ("Negative Prompt", 0), "cfg": 1.0}
     scheduler = {"model": MODEL, "scheduler": "ddim_uniform", "steps": steps, "denoise": denoise}
+    start = {"start": "measurement"} if denoise < 1 else {}  # noise that does not hide everything needs something under it
     sample = {
         "noise": ("Noise", 0),
         "guider": ("Guider", 0),
@@ -98,7 +99,7 @@ def stock_graph(
         Node("RandomNoise", "Noise", 2),
         Node("BasicScheduler", "Scheduler", 2, scheduler),
         sampler,
-        Node("PosteriorStartLatent", "Start Latent", 2, {"measurement": MEASUREMENT, "vae": VAE}),
+        Node("PosteriorStartLatent", "Start Latent", 2, {"measurement": MEASUREMENT, "vae": VAE, **start}),
         Node("SamplerCustomAdvanced", "Sample", 3, sample),
         Node("VAEDecode", "Decode", 4, {"samples": ("Sample", 0), "vae": VAE}),
         Node("PosteriorFinish", "Finish", 5, {"image": ("Decode", 0), "measurement": MEASUREMENT}),

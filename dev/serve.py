@@ -76,8 +76,9 @@ def main() -> int:
     extra += ["--database-url", f"sqlite:///{base / 'user' / name}" if kept else "sqlite:///:memory:"]
     photo = base / "input" / "example.png"  # ComfyUI's own, which three of the templates name
     photo.parent.mkdir(exist_ok=True)
-    if not photo.exists():
-        shutil.copyfile(paths["comfyui"] / "input" / "example.png", photo)
+    theirs = paths["comfyui"] / "input" / "example.png"
+    if theirs.exists() and not photo.exists():
+        shutil.copyfile(theirs, photo)
     models = [base / "models"]
     if os.environ.get("COMFYUI_DIR"):
         extra += model_folders(paths["comfyui"], base)

@@ -34,7 +34,7 @@ DEMO_TEMPLATES = [
     Template(
         "super_resolution_x8",
         "## x8 super-resolution with C-PiGDM\n16 x 16 pixels become 128 x 128 in 20 network calls, and made smaller again they are the "
-        f"16 x 16. The noise begins at sigma 2.4 (denoise .6): above it there is nothing to see that the enlarged photo does not show.\n\n{SWAP}.",
+        f"16 x 16. It starts from the enlarged photo under noise of sigma 2 (denoise .6), which hides what is wrong with it.\n\n{SWAP}.",
         stock_graph(
             [operator("PosteriorDownscale", method="area", method__factor=8)], cpigdm(), steps=20, pictures=(5, 4), denoise=0.6
         ),

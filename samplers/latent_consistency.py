@@ -9,8 +9,9 @@ from torch import Tensor
 from .pixels import ROUNDING, USUAL
 from .steps import Autoencoder, per_image, vjp
 
-DOUBT = 0.2  # of a network's x0 where sigma is small, in latents of unit variance. Less helps denoising, and a toy's samples then end off the noise
-
+DOUBT = (
+    0.2  # of a network's x0 where sigma is small, in latents of unit variance; benchmarks/results/latent_tuning.md has others
+)
 ARRIVED = 1e-3  # of the goal: a residual as near to it is on it
 
 
@@ -108,7 +109,7 @@ def closer(
         noise_norm: ||A D(z) - y|| at which an image agrees, (B,), from `pixels.noise_norm`.
     """
     image = z if autoencoder is None else autoencoder.decode(z)
-    near = torch.maximum(fit, 1.001 * noise_norm)  # steps that end on the noise do so but for rounding
+    near = torch.maximum(fit, (1 + ARRIVED) * noise_norm)
     return torch.where(per_image(measurement.residual_norm(image) <= near, z), z, start)
 
 

@@ -225,4 +225,5 @@ def test_five_calls_beat_twenty_of_psld() -> None:
     photo = Photo(torch.float32, factor=8)
     (psnr,), residual = photo.restore(sample_cpigdm, 5)
     assert residual < 1.1
+    assert 0.9 < photo.restore(sample_cpigdm, 5, stop=0.92)[1] < 1.1
     assert psnr > photo.restore(sample_psld, 20, gamma=0.0)[0][0] + 1
