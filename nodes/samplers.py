@@ -307,8 +307,8 @@ class StartLatent(io.ComfyNode):
                     "start",
                     options=["noise", "measurement"],
                     default="noise",
-                    tooltip="noise: an empty latent, the sampler starts from pure noise. measurement: the photo filled up by the "
-                    "pseudo-inverse and encoded; the sampler adds its noise to it, useful with denoise below 1.",
+                    tooltip="noise: an empty latent, the sampler starts from pure noise. measurement: the photo, what it lacks filled "
+                    "in smoothly, encoded; the sampler adds its noise to it, useful with denoise below 1.",
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="Connect it to SamplerCustomAdvanced.")],

@@ -1,4 +1,4 @@
-"""Pictures and measurements in pixel space: filling what was not seen, and agreeing with what was."""
+"""Pictures and measurements in pixel space: what was measured, and how a picture is made to agree with it."""
 
 from typing import Any
 
@@ -8,26 +8,6 @@ from torch.nn.functional import conv2d
 
 USUAL = 0.1  # error of a sampled picture, in [-1, 1] units
 ROUNDING = 2 / 255 / 12**0.5  # standard deviation of the error of an 8-bit photo, in [-1, 1] units
-
-
-def fill_unseen(measurement: Any) -> Tensor:
-    """The picture nearest to an even one that the measurement allows: a start for a sampler.
-
-    Even: each channel at its mean over what was measured. Directions that A does not see keep that, weak ones move as far as
-    the noise (at least the rounding of 8 bits) lets them, so that a blur's inverse does not amplify it.
-
-    Args:
-        measurement: `y` (B, c, h, w) in [-1, 1], `operator`, `sigma`.
-
-    Returns:
-        (B, C, H, W), in [-1, 1] units.
-    """
-    operator, y = measurement.operator, measurement.y
-    ones = torch.ones((len(y), *operator.in_shape), dtype=y.dtype, device=y.device)
-    total, weight = (operator.A_adjoint(v).sum((2, 3), keepdim=True) for v in (y, operator.A(ones)))
-    mean = total / torch.where(weight == 0, 1.0, weight)
-    even = mean.expand(-1, *operator.in_shape).contiguous()
-    return operator.prox_l2(even, y, 1 / max(measurement.sigma, ROUNDING) ** 2)
 
 
 def measured(operator: Any, y: Tensor) -> Tensor:

@@ -1,18 +1,76 @@
-"""From which noise level a run may start, given that it starts from the filled photo and not from noise alone."""
+"""What a run starts from, given a photo: the picture that it suggests, and the noise that hides what is wrong with that."""
 
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, interpolate, pad
+
+from .pixels import ROUNDING
+
+REACH = 1e-5  # weights below this share of the largest count as none: the tails of a blur
+# Standard deviations in [-1, 1] units, of pictures in general; twice or half as much changes little.
+DETAIL = 0.1  # of a pixel around what its neighbours say; twice as much in pictures of half the size
+SMOOTHED = 0.3  # of the truth around the smooth picture
 
 # On the demo prior's tuning split (benchmarks/results/latent_tuning.md). The paper of C-PiGDM starts at 2.03.
 LOWEST = 2.4  # for data of unit variance, sigma from which every fault of the filled photo but a hole drowns in the noise
 HOLE = 6.0  # side of the hole, in pixels of the state, that drowns there, too
 
 
+def fill_unseen(measurement: Any) -> Tensor:
+    """A smooth picture that agrees with the measurement: a start for a sampler.
+
+    Each pixel's reading, the mean of the values of y that depend on it (A^T y / A^T A 1), counts as its precision is to the detail
+    of pictures, and what its surroundings say as the rest: see `_smooth`. Then A x = y as far as the noise (at least the rounding
+    of 8 bits) asks for it, so that a blur's inverse does not amplify it; directions that A does not see stay smooth.
+
+    Args:
+        measurement: `y` (B, c, h, w) in [-1, 1], `operator`, `sigma`.
+
+    Returns:
+        (B, C, H, W), in [-1, 1] units; 0 in channels that nothing tells of.
+    """
+    operator, y = measurement.operator, measurement.y
+    sigma = max(measurement.sigma, ROUNDING)
+    weight = operator.A_adjoint(operator.A(torch.ones((len(y), *operator.in_shape), dtype=y.dtype, device=y.device)))
+    read = weight > REACH * weight.amax((1, 2, 3), keepdim=True)
+    reading = torch.where(read, operator.A_adjoint(y) / torch.where(read, weight, 1), 0).clamp(-1, 1)
+    smooth = _smooth(reading, torch.where(read, weight, 0) / sigma**2, DETAIL)
+    return operator.prox_l2(smooth, y, (SMOOTHED / sigma) ** 2)
+
+
+def _smooth(reading: Tensor, precision: Tensor, detail: float) -> Tensor:
+    """Pictures from readings of their pixels: the mean of each pixel's own and of what the picture of half the size says there.
+
+    Fusion on a pyramid as by Chou, Willsky and Benveniste (IEEE Trans. Automatic Control 39, 1994), with the weights of Gortler et
+    al.'s push-pull (SIGGRAPH 1996): every pixel of half the size gathers 4 x 4 readings, each as far off as its own error and the
+    detail make it.
+
+    Args:
+        reading, precision: (B, C, H, W); 1 / variance of the reading, 0 where there is none.
+        detail: standard deviation of a pixel around what its neighbours say.
+    """
+    h, w = reading.shape[2:]
+    if h == w == 1:
+        return reading
+    share = precision * detail**2 / (1 + precision * detail**2)
+    taps = torch.tensor([1, 3, 3, 1], dtype=reading.dtype, device=reading.device) / 8
+
+    def halved(v: Tensor) -> Tensor:
+        planes = pad(v.flatten(0, 1)[:, None], (1, 1 + w % 2, 1, 1 + h % 2))
+        planes = conv2d(conv2d(planes, taps[None, None, :, None], stride=(2, 1)), taps[None, None, None], stride=(1, 2))
+        return planes.reshape(*v.shape[:2], *planes.shape[2:])
+
+    gathered = halved(share)
+    coarse = halved(share * reading) / torch.where(gathered > 0, gathered, 1)
+    coarse = _smooth(coarse, 4 * gathered / detail**2, 2 * detail)
+    around = interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)[..., :h, :w]
+    return share * reading + (1 - share) * around
+
+
 def largest_hole(measurement: Any) -> int:
     """Side, in pixels, of the largest square window of the picture that no measured value depends on; 0 if there is none.
-
-    Weights below 1e-5 of the largest count as none: the tails of a blur.
 
     Args:
         measurement: `y` (1 or B, c, h, w), `operator`. Of a batch the largest hole of all counts.
@@ -21,7 +79,7 @@ def largest_hole(measurement: Any) -> int:
     draws = torch.randn(2, *y.shape[1:], generator=torch.Generator().manual_seed(0)).to(y)
     # Random values, as those of ones cancel in operators with negative weights. A lost value of y is not read from.
     reached = sum(operator.A_adjoint(draw.expand_as(y).contiguous()).abs() for draw in draws).amax(1)
-    seen = (reached > 1e-5 * reached.amax((1, 2), keepdim=True)).long()
+    seen = (reached > REACH * reached.amax((1, 2), keepdim=True)).long()
     # Sums over all rectangles from the top left corner give those over every window.
     sums = torch.nn.functional.pad(seen.cumsum(1).cumsum(2), (1, 0, 1, 0))
 

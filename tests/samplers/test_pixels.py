@@ -1,47 +1,14 @@
-"""Filling what was not seen, and making a picture agree with the measurement."""
+"""What was measured, and making a picture agree with it."""
 
 import pytest
 import torch
 
-from operators import AreaDownscale, Blur, Dense, Grayscale, Identity, Mask, Measurement, Scale, Stack, gaussian_kernel
-from samplers import enforce_consistency, expected_error, feather_holes, fill_unseen, measured
+from operators import AreaDownscale, Blur, Dense, Identity, Mask, Measurement, Scale, Stack, gaussian_kernel
+from samplers import enforce_consistency, expected_error, feather_holes, measured
 
 
 def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def test_mask_holes_get_the_mean_of_the_kept_pixels() -> None:
-    keep = uniform(2, 1, 7, 5) < 0
-    y = Mask(keep).A(uniform(2, 3, 7, 5, seed=1))
-    filled = fill_unseen(Measurement(y, Mask(keep)))
-    wide = keep.expand_as(y)
-    torch.testing.assert_close(filled[wide], y[wide], rtol=0, atol=2e-5)  # up to the rounding of 8 bits, squared
-    for image in range(2):
-        for channel in range(3):
-            kept = y[image, channel][keep[image, 0]]
-            hole = filled[image, channel][~keep[image, 0]]
-            torch.testing.assert_close(hole, kept.mean().expand_as(hole))
-
-
-def test_channel_that_was_never_seen_is_filled_with_grey() -> None:
-    keep = torch.ones(1, 3, 4, 4)
-    keep[:, 2] = 0
-    filled = fill_unseen(Measurement(Mask(keep).A(uniform(1, 3, 4, 4)), Mask(keep)))
-    assert torch.equal(filled[:, 2], torch.zeros(1, 4, 4, dtype=torch.float64))
-
-
-def test_downscaling_is_repeated_pixels() -> None:
-    operator = AreaDownscale((3, 9, 7), 4)
-    y = uniform(1, *operator.out_shape)
-    torch.testing.assert_close(fill_unseen(Measurement(y, operator)), operator.A_dagger(y), rtol=0, atol=1e-3)
-
-
-def test_black_and_white_photo_starts_grey() -> None:
-    y = uniform(1, 1, 6, 5)
-    filled = fill_unseen(Measurement(y, Grayscale((3, 6, 5))))
-    torch.testing.assert_close(Grayscale((3, 6, 5)).A(filled), y, rtol=0, atol=1e-4)
-    assert float(filled.abs().max()) < 1.5
 
 
 def photo(size: int) -> torch.Tensor:
@@ -52,11 +19,10 @@ def photo(size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("width", [1.5, 3.0])
 def test_rounding_is_not_amplified_by_a_blur(width: float) -> None:
-    """A real photo has 8 bits. The start stays in range; Finish refuses to be exact, and with a sigma does no harm."""
+    """A real photo has 8 bits. Finish refuses to be exact, and with a sigma does no harm."""
     truth = photo(64)
     operator = Blur(gaussian_kernel(width), (3, 64, 64), "reflect")
     y = ((operator.A(truth) + 1) / 2 * 255).round() / 255 * 2 - 1
-    assert float(fill_unseen(Measurement(y, operator)).abs().max()) < 2
     guess = truth + 0.05 * uniform(1, 3, 64, 64)
     with pytest.raises(ValueError, match=r"measurement: .*amplifies rounding.*sigma above 0"):
         enforce_consistency(guess, Measurement(y, operator), error=0.1)
@@ -200,16 +166,6 @@ def test_several_pictures_of_one_photo_each_agree() -> None:
         for i in range(3):
             one = enforce_consistency(x[i : i + 1], Measurement(operator.A(truth), operator, sigma), 0.1)
             torch.testing.assert_close(together[i : i + 1], one, rtol=0, atol=1e-12)
-
-
-def test_fill_takes_the_gain_of_a_measurement_into_account() -> None:
-    """Two photos of an even picture, one of them scaled: the hole gets the picture's value."""
-    keep = torch.ones(1, 1, 8, 8)
-    keep[..., 2:6, 2:6] = 0
-    mask = Mask(keep)
-    stack = Stack([mask, Scale((3, 8, 8), 0.2) @ mask])
-    x = torch.full((1, 3, 8, 8), 0.8, dtype=torch.float64)
-    torch.testing.assert_close(fill_unseen(Measurement(stack.A(x), stack, 0.05)), x, rtol=0, atol=1e-6)
 
 
 # What is measured -----------------------------------------------------------------------------------------------------------
