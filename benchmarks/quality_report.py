@@ -23,6 +23,14 @@ def read(path: pathlib.Path) -> Rows:
         return list(csv.DictReader(file))
 
 
+def preferred(rows: Rows, precision: str) -> Rows:
+    """One row for each run: that in `precision`, or where there is none that in another."""
+    best: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in sorted(rows, key=lambda row: row["precision"] == precision):
+        best[tuple(row[key] for key in ("task", "sigma", "method", "picture"))] = row
+    return list(best.values())
+
+
 def psnrs(rows: Rows, task: str, sigma: float) -> dict[str, dict[str, float]]:
     """dB by method and picture."""
     found: dict[str, dict[str, float]] = {}
@@ -43,13 +51,16 @@ def in_order(rows: Rows, methods: list[str], parts: Parts) -> list[str]:
 
 
 def glance(rows: Rows, tasks: list[str], names: list[str]) -> list[str]:
-    """PSNR in dB of every method on every task, over the pictures that all of a task's methods have."""
+    """PSNR in dB of every method on every task, over the pictures that all of them have, but those with fewer than half as many as others."""
     lines = ["| task | sigma | n | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
     for task in tasks:
         for sigma in sorted({float(r["sigma"]) for r in rows if r["task"] == task}):
             found = psnrs(rows, task, sigma)
-            common = set.intersection(*map(set, found.values()))
-            cells = [f"{mean_and_error([found[name][i] for i in common])[0]:.2f}" if name in found else "-" for name in names]
+            most = max(map(len, found.values()))
+            common = set.intersection(*(set(of) for of in found.values() if 2 * len(of) >= most))
+            means = {name: mean_and_error([of[i] for i in common & of.keys()])[0] for name, of in found.items()}
+            fewer = {name: f" ({len(common & of.keys())})" for name, of in found.items() if not common <= of.keys()}
+            cells = [f"{means[name]:.2f}{fewer.get(name, '')}" if name in found else "-" for name in names]
             lines.append(f"| {task} | {sigma:g} | {len(common)} | " + " | ".join(cells) + " |")
     return lines
 
@@ -72,7 +83,8 @@ def ahead(rows: Rows, tasks: list[str], names: list[str], leader: str) -> list[s
 
 def precisions(rows: Rows, others: Rows, tasks: list[str], names: list[str]) -> list[str]:
     """By how many dB of PSNR the rows are ahead of the same runs in another precision, mean and standard error over their pictures."""
-    names = [name for name in names if any(r["method"] == name for r in others)]
+    shared = {r["method"] for r in rows} & {r["method"] for r in others}
+    names = [name for name in names if name in shared]
     lines = ["| task | sigma | n | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
     for task in tasks:
         for sigma in sorted({float(r["sigma"]) for r in others if r["task"] == task}):
@@ -87,32 +99,32 @@ def precisions(rows: Rows, others: Rows, tasks: list[str], names: list[str]) -> 
     return lines
 
 
-def table(rows: Rows, others: Rows, tasks: list[str], methods: list[str], parts: Parts, leader: str) -> str:
-    """The rows of one split, one version of the weights and one precision, as Markdown; `others`: those of another precision."""
+def table(there: Rows, precision: str, tasks: list[str], methods: list[str], parts: Parts, leader: str) -> str:
+    """The rows of one split and one version of the weights as Markdown: those in `precision` where there are any."""
+    rows = preferred(there, precision)
     if not rows:
         return "# Quality on the demo prior\n\nNothing measured with the present weights.\n"
     names = in_order(rows, methods, parts)
+    own, others = ([r for r in there if (r["precision"] == precision) == same] for same in (True, False))
     lines = [
         "# Quality on the demo prior",
         "",
-        f"Held-out portraits, split `{rows[0]['split']}`, weights {rows[0]['weights']}, networks in {rows[0]['precision']}; {platform.machine()}, 1 thread, torch "
+        f"Held-out portraits, split `{rows[0]['split']}`, weights {rows[0]['weights']}; {platform.machine()}, 1 thread, torch "
         f"{torch.__version__}. Made by `benchmarks/quality.py`, whose text says what each column is; mean and standard error over n pictures.",
         "",
-        "A row with fewer pictures compares with the others through the same first pictures only.",
+        f"A row with fewer pictures compares with the others through the same first pictures only. Networks in {precision}, or in what "
+        "stands behind n; seconds of another precision, or processor, do not compare.",
         "",
         "## At a glance",
+        "",
+        "PSNR in dB over the first n pictures; behind a mean over fewer of them, how many.",
         "",
         *glance(rows, tasks, names),
     ]
     if leader in names:
         lines += ["", f"## {leader} less each, dB", "", *ahead(rows, tasks, names, leader)]
-    if {r["method"] for r in others} & set(names):
-        lines += [
-            "",
-            f"## {rows[0]['precision']} less {others[0]['precision']}, dB",
-            "",
-            *precisions(rows, others, tasks, names),
-        ]
+    if {r["method"] for r in others} & {r["method"] for r in own}:
+        lines += ["", f"## {precision} less {others[0]['precision']}, dB", "", *precisions(own, others, tasks, names)]
     for task in tasks:
         for sigma in sorted({float(r["sigma"]) for r in rows if r["task"] == task}):
             here = [r for r in rows if r["task"] == task and float(r["sigma"]) == sigma]
@@ -124,7 +136,9 @@ def table(rows: Rows, others: Rows, tasks: list[str], methods: list[str], parts:
             for name in in_order(here, methods, parts):
                 mine = [r for r in here if r["method"] == name]
                 column = {key: mean_and_error([float(r[key]) for r in mine]) for key in COLUMNS}
-                cells = [name.rpartition("_")[0], f"{column['calls'][0]:.0f}", str(len(mine))]
+                kinds = sorted({r["precision"] for r in mine})
+                count = str(len(mine)) + "".join(f", {kind}" for kind in kinds if kinds != [precision])
+                cells = [name.rpartition("_")[0], f"{column['calls'][0]:.0f}", count]
                 cells += [f"{column['psnr'][0]:.2f} +- {column['psnr'][1]:.2f}", f"{column['ssim'][0]:.3f}"]
                 cells += [f"{column['features'][0]:.3f} +- {column['features'][1]:.3f}"]
                 cells += ["-" if math.isnan(column["hole_psnr"][0]) else f"{column['hole_psnr'][0]:.2f}"]

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks.quality_methods import DENOISE_SIGMA, weights_id  # noqa: E402
-from benchmarks.quality_report import RESULTS, mean_and_error, psnrs, read  # noqa: E402
+from benchmarks.quality_report import RESULTS, mean_and_error, preferred, psnrs, read  # noqa: E402
 
 ROWS = RESULTS / "quality.csv"
 SIGMA, PRECISION = 0.02, "bfloat16"
@@ -46,8 +46,8 @@ METHODS = {
 def quality() -> str:
     """PSNR by task and method, over the pictures that all of them have; methods not measured on every task are left out."""
     weights = weights_id(pixels=False)
-    of = {"weights": weights, "split": "validate", "precision": PRECISION}
-    rows = [row for row in read(ROWS) if all(row[key] == value for key, value in of.items())]
+    rows = [row for row in read(ROWS) if row["weights"] == weights and row["split"] == "validate"]
+    rows = preferred(rows, PRECISION)
     found = {task: psnrs(rows, task, DENOISE_SIGMA if task == "denoise" else SIGMA) for task in TASKS}
     methods = [method for method in METHODS if all(method in of for of in found.values())]
     if missing := [METHODS[method] for method in METHODS if method not in methods]:
