@@ -146,7 +146,7 @@ def weights_id(pixels: bool) -> str:
 
 
 def baseline(prior: Prior, measurement: Measurement, calls: int, seed: int) -> Tensor:
-    """What one would do without a prior: bicubic enlargement, mean fill, Wiener filters, the gray picture."""
+    """What one would do without a prior: bicubic enlargement, smooth fill, Wiener filters, the gray picture."""
     operator, y = measurement.operator, measurement.y
     if isinstance(operator, BicubicDownscale):
         return torch.nn.functional.interpolate(y, size=operator.in_shape[1:], mode="bicubic", align_corners=False)

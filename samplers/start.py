@@ -14,8 +14,8 @@ DETAIL = 0.1  # of a pixel around what its neighbours say; twice as much in pict
 SMOOTHED = 0.3  # of the truth around the smooth picture
 
 # On the demo prior's tuning split (benchmarks/results/latent_tuning.md). The paper of C-PiGDM starts at 2.03.
-LOWEST = 2.4  # for data of unit variance, sigma from which every fault of the filled photo but a hole drowns in the noise
-HOLE = 6.0  # side of the hole, in pixels of the state, that drowns there, too
+LOWEST = 1.2  # for data of unit variance, sigma from which every fault of the filled photo but a hole drowns in the noise
+HOLE = 3.0  # side of the hole, in pixels of the state, that drowns there, too
 
 
 def fill_unseen(measurement: Any) -> Tensor:

@@ -84,10 +84,10 @@ def test_what_another_photo_shows_is_no_hole(factor: int) -> None:
 def test_the_level_is_in_proportion_to_the_hole() -> None:
     """And never below that of a photo without holes."""
     photo = start_level(blank(Identity((3, 128, 128))), 8)
-    levels = {side: start_level(blank(Mask(box_mask((3, 128, 128), (side, side), (8, 8)))), 8) for side in (8, 48, 96)}
-    assert levels == pytest.approx({8: photo, 48: photo, 96: 2 * photo})
+    levels = {side: start_level(blank(Mask(box_mask((3, 128, 128), (side, side), (8, 8)))), 8) for side in (8, 24, 96)}
+    assert levels == pytest.approx({8: photo, 24: photo, 96: 4 * photo})
     on_pixels = blank(Mask(box_mask((3, 32, 32), (12, 12), (8, 8))))
-    assert start_level(on_pixels, 1) == pytest.approx(2 * photo)
+    assert start_level(on_pixels, 1) == pytest.approx(4 * photo)
 
 
 # The filled photo -----------------------------------------------------------------------------------------------------------
