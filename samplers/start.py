@@ -9,11 +9,11 @@ from torch.nn.functional import conv2d, interpolate, pad
 from .pixels import ROUNDING
 
 REACH = 1e-5  # weights below this share of the largest count as none: the tails of a blur
-# Standard deviations in [-1, 1] units, of pictures in general; twice or half as much changes little.
+# Standard deviations in [-1, 1] units, no statistics of pictures but chosen for fills that are near to the truth in latents, on the
+# demo prior's tuning split (benchmarks/results/latent_tuning.md).
 DETAIL = 0.1  # of a pixel around what its neighbours say; twice as much in pictures of half the size
+READING = 0.05  # at least, of a reading around its pixel: a value of y that is a mean over several is none of them
 SMOOTHED = 0.3  # of the truth around the smooth picture
-
-# On the demo prior's tuning split (benchmarks/results/latent_tuning.md). The paper of C-PiGDM starts at 2.03.
 LOWEST = 1.2  # for data of unit variance, sigma from which every fault of the filled photo but a hole drowns in the noise
 HOLE = 3.0  # side of the hole, in pixels of the state, that drowns there, too
 
@@ -32,24 +32,30 @@ def fill_unseen(measurement: Any) -> Tensor:
         (B, C, H, W), in [-1, 1] units; 0 in channels that nothing tells of.
     """
     operator, y = measurement.operator, measurement.y
-    sigma = max(measurement.sigma, ROUNDING)
-    weight = operator.A_adjoint(operator.A(torch.ones((len(y), *operator.in_shape), dtype=y.dtype, device=y.device)))
+    ones = torch.ones((len(y), *operator.in_shape), device=y.device)  # float32, as 1 / sigma^2 is beyond float16
+    weight = operator.A_adjoint(operator.A(ones))
     read = weight > REACH * weight.amax((1, 2, 3), keepdim=True)
-    reading = torch.where(read, operator.A_adjoint(y) / torch.where(read, weight, 1), 0).clamp(-1, 1)
-    smooth = _smooth(reading, torch.where(read, weight, 0) / sigma**2, DETAIL)
-    return operator.prox_l2(smooth, y, (SMOOTHED / sigma) ** 2)
+    reading = torch.where(read, operator.A_adjoint(y.float()) / torch.where(read, weight, 1), 0).clamp(-1, 1)
+    # Of operators that average, sigma^2 / weight is a reading's variance, counting once what several pixels share; but all colours
+    # of one black and white pixel are read alike, so that grey stays grey.
+    precision = torch.where(read, weight.amax(1, keepdim=True), 0) / max(measurement.sigma, READING) ** 2
+    smooth = _smooth(reading, precision, DETAIL).to(y.dtype)
+    return operator.prox_l2(smooth, y, (SMOOTHED / max(measurement.sigma, ROUNDING)) ** 2)
 
 
 def _smooth(reading: Tensor, precision: Tensor, detail: float) -> Tensor:
     """Pictures from readings of their pixels: the mean of each pixel's own and of what the picture of half the size says there.
 
-    Fusion on a pyramid as by Chou, Willsky and Benveniste (IEEE Trans. Automatic Control 39, 1994), with the weights of Gortler et
-    al.'s push-pull (SIGGRAPH 1996): every pixel of half the size gathers 4 x 4 readings, each as far off as its own error and the
-    detail make it.
+    Each step up and down is the fusion of Chou, Willsky and Benveniste (IEEE Trans. Automatic Control 39, 1994) on a pyramid of
+    overlapping cells, in the manner of Gortler et al.'s push-pull (SIGGRAPH 1996): every pixel of half the size gathers 4 x 4
+    readings, which count as four, each as far off as its own error and the detail make it.
 
     Args:
         reading, precision: (B, C, H, W); 1 / variance of the reading, 0 where there is none.
         detail: standard deviation of a pixel around what its neighbours say.
+
+    Returns:
+        (B, C, H, W).
     """
     h, w = reading.shape[2:]
     if h == w == 1:
