@@ -24,8 +24,8 @@ SOLVERS = {  # with what `stock_sampler` takes
     "C-PiGDM": (sample_cpigdm, {"network_gradient": False, "lighter": LIGHTER, "consistency": "decoder"}),
     "PSLD": (sample_psld, {"rule": "line_search", "omega": 0.8, "gamma": 0.0}),
 }
-# With the sampler's own eta, 2, samples of one photo come out too much alike (benchmarks/results/calibration.md).
-ETA_OF_SEVERAL = 1.0
+# With the sampler's own, eta 2 and no spread, samples of one photo come out too much alike (benchmarks/results/calibration.md).
+SEVERAL = {"eta": 0.5, "spread": 1.0}
 NEXT_SAMPLE = 1_000_003  # from the seed of a photo's sample to the next one's
 
 
@@ -97,8 +97,8 @@ class Restore(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="How many results for each photo, for the Uncertainty node: where they differ, the details are invented. With more than "
-                    "one, each starts from the highest noise level, and C-PiGDM draws it with less fresh noise (eta 1): they differ more, in holes nearly as much "
-                    "as they are wrong, and the first is not the picture that a single one would be, which is closer to the truth. PSLD's differ by their "
+                    "one, each starts from the highest noise level, and C-PiGDM draws it with the noise that its means leave out (eta .5, spread 1): they differ "
+                    "more, in holes about as much as they are wrong, and the first is not the picture that a single one would be, which is closer to the truth. PSLD's differ by their "
                     "start alone.",
                 ),
                 io.Combo.Input(
@@ -151,7 +151,7 @@ class Restore(io.ComfyNode):
         on_pixels = host.works_on_pixels(vae)  # past its VAE, which rounds to bfloat16 on most GPUs
         solve, options = SOLVERS[method]
         if method == "C-PiGDM" and samples > 1:
-            options = {**options, "eta": ETA_OF_SEVERAL}
+            options = {**options, **SEVERAL}
         run = {"memory": memory, "unique_id": host.node_id(cls), "plan": host.Plan()}
         images, worst, texts, curves, notes = [], 0.0, [], [], []
         if isinstance(exact.operator, Identity) and exact.sigma == 0:

@@ -40,6 +40,7 @@ def sample_cpigdm(
     tau: float | None = None,
     reach: float = 0.3,
     eta: float | None = None,
+    spread: float = 0.0,
     consistency: Literal["decoder", "encoder"] = "decoder",
     inner_steps: int = 4,
     last_steps: int = 10,
@@ -78,6 +79,9 @@ def sample_cpigdm(
             sqrt(1 - 1 / eta^2). Default 2 for "dual", else 0. In few steps much fresh noise takes out what errors of the last x0
             left in x: pictures come nearer to the truth, and the samples of one photo to each other. With 1 their spread is more
             nearly that of the posterior.
+        spread: fresh noise for what the network's x0, a mean, leaves out: its deviation in units of r = sigma tau / sqrt(sigma^2 +
+            tau^2), >= 0. With 1 samples of a Gaussian prior of deviation tau keep their variance from step to step, whatever eta is.
+            For several samples of one photo; a single one comes nearer to the truth without.
         consistency: for latents: "decoder" moves x0 by gradients through the decoder, "encoder" by decoding, correcting the
             picture and encoding, in less memory.
         inner_steps: for latents: consistency steps after each network call at sigma up to 4 tau, but that of the step to sigma 0; one
@@ -102,7 +106,7 @@ def sample_cpigdm(
     if eta is None:
         eta = 2.0 if weight == "dual" else 0.0
     check_common(x, sigmas, measurement, eta, inner_steps, last_steps)
-    _check_numbers(w=w, tau=tau, reach=reach, lam=lam, stop=stop)
+    _check_numbers(w=w, tau=tau, reach=reach, spread=spread, lam=lam, stop=stop)
     plain = weight != "dual" and integrator != "conjugate"
     if weight == "dual" and (jacobian != "off" or integrator != "conjugate" or lam):
         raise ValueError('weight: "dual" goes with jacobian "off", integrator "conjugate" and lam 0 only')
@@ -136,7 +140,8 @@ def sample_cpigdm(
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised, "residual": fit})
             target, change = method.step(seen, x0, innovation, levels[i], levels[i + 1])
-            x = ddim_step(x, target, sigma, sigma_next, eta, noise) + change
+            deviation = spread * float(levels[i] ** -2 + tau**-2) ** -0.5
+            x = ddim_step(x, target, sigma, sigma_next, eta, noise, deviation) + change
     return x
 
 
@@ -241,9 +246,11 @@ class Guidance:
         return denoised, change
 
 
-def _check_numbers(*, w: float, tau: float | None, reach: float, lam: float, stop: float) -> None:
+def _check_numbers(*, w: float, tau: float | None, reach: float, spread: float, lam: float, stop: float) -> None:
     if not w >= 0:
         raise ValueError(f"w: got {w}, expected a number >= 0")
+    if not 0 <= spread < float("inf"):
+        raise ValueError(f"spread: got {spread}, expected a finite number >= 0")
     for name, value in (("tau", 1.0 if tau is None else tau), ("reach", reach)):
         if value is None or not value > 0:
             raise ValueError(f"{name}: got {value}, expected a number > 0")

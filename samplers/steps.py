@@ -38,12 +38,27 @@ def ancestral_split(sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tens
     return (sigma_next**2 - up**2).clamp(min=0).sqrt(), up
 
 
-def ddim_step(x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, noise: NoiseSampler) -> Tensor:
-    """One DDIM(eta) step from sigma to sigma_next. x, denoised: (B, C, H, W); sigmas: scalars."""
+def ddim_step(
+    x: Tensor,
+    denoised: Tensor,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    eta: float,
+    noise: NoiseSampler,
+    deviation: float = 0.0,
+) -> Tensor:
+    """One DDIM(eta) step from sigma to sigma_next. x, denoised: (B, C, H, W); sigmas: scalars.
+
+    deviation: of x0 around `denoised`, given x. A sample of the next x needs one of x0; with the mean in its place the variance
+    lacks (1 - down / sigma)^2 deviation^2 (Bao et al., Analytic-DPM, ICLR 2022), which is added to the fresh noise. Not at
+    sigma_next = 0, where x0 itself is the result.
+    """
     down, up = ancestral_split(sigma, sigma_next, eta)
     # (down / sigma) (x - x0) and not down * ((x - x0) / sigma): the ratio stays exact when both sigmas are huge.
     x = denoised + (down / sigma) * (x - denoised)
-    return x + up * noise() if eta > 0 else x
+    if deviation and sigma_next > 0:
+        up = torch.hypot(up, (1 - down / sigma) * deviation)
+    return x + up * noise() if eta > 0 or deviation else x
 
 
 def noise_sampler(x: Tensor, seed: int | None) -> NoiseSampler:

@@ -77,16 +77,18 @@ def test_kept_pixels_are_bit_exact_and_samples_differ_in_the_hole_only(demo: Dem
     assert float(deviation[:, ~kept].mean()) > 0.01
 
 
-@pytest.mark.parametrize(("method", "samples", "eta"), [("C-PiGDM", 1, None), ("C-PiGDM", 2, 1.0), ("PSLD", 2, None)])
+@pytest.mark.parametrize(
+    ("method", "samples", "settings"), [("C-PiGDM", 1, (None, None)), ("C-PiGDM", 2, (0.5, 1.0)), ("PSLD", 2, (None, None))]
+)
 @torch.inference_mode()
-def test_several_samples_are_drawn_with_less_fresh_noise(
-    demo: Demo, method: str, samples: int, eta: float | None, monkeypatch: pytest.MonkeyPatch
+def test_several_samples_are_drawn_with_the_spread_of_the_posterior(
+    demo: Demo, method: str, samples: int, settings: tuple[float | None, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solve, options = demo.nodes.restore.SOLVERS[method]
-    etas = []
+    seen = []
 
     def noted(*given: Any, **named: Any) -> Tensor:
-        etas.append(named.get("eta"))
+        seen.append((named.get("eta"), named.get("spread")))
         return solve(*given, **named)
 
     monkeypatch.setitem(demo.nodes.restore.SOLVERS, method, (noted, options))
@@ -94,7 +96,7 @@ def test_several_samples_are_drawn_with_less_fresh_noise(
     demo.restore(
         demo.measure(demo.pictures(1), lambda shape: demo.pack.operators.AreaDownscale(shape, 8)), method, samples=samples
     )
-    assert etas == [eta] * samples
+    assert seen == [settings] * samples
 
 
 @torch.inference_mode()

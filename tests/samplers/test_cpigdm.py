@@ -203,6 +203,26 @@ def test_fresh_noise() -> None:
         assert float(down**2 + up**2) == pytest.approx(1.44)
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0, 2.0])
+def test_samples_keep_the_variance_of_the_prior(eta: float) -> None:
+    """With the deviation of x0 that the exact denoiser leaves out; without it fresh noise costs variance."""
+    tau = 0.8
+    keep = torch.zeros(1, 1, 6, 4)
+    keep[..., 0, 0] = 1
+    measurement = Measurement(torch.zeros(2000, *IMAGE, dtype=F64), Mask(keep), 0.0)
+    start = (tau**2 + 25) ** 0.5 * torch.randn(2000, *IMAGE, dtype=F64, generator=generator(1))
+    sigmas = torch.tensor([5.0, 3.0, 1.5, 0.7, 0.3], dtype=F64)
+
+    def variance(**options: Any) -> float:
+        options = {"weight": "bayes", "tau": tau, "eta": eta, **options}
+        out = sample_cpigdm(gaussian(torch.zeros(IMAGE, dtype=F64), tau**2), start, sigmas, measurement=measurement, **options)
+        return float(out[..., 1:, 1:].var())
+
+    exact = tau**2 + 0.3**2
+    assert variance(spread=1.0) == pytest.approx(exact, rel=0.03)
+    assert variance() < (0.97 if eta == 0 else 0.8) * exact
+
+
 def test_one_call_a_step_and_no_gradient() -> None:
     calls = []
 
@@ -303,6 +323,8 @@ def test_what_the_network_would_say_without_the_tilt(tau: float) -> None:
         ({"reach": -1.0}, "reach: got -1.0"),
         ({"reach": None}, "reach: got None, expected a number > 0"),
         ({"eta": math.inf}, "eta: got inf"),
+        ({"spread": -0.1}, "spread: got -0.1, expected a finite number >= 0"),
+        ({"spread": math.inf}, "spread: got inf"),
         ({"inner_steps": 0}, "inner_steps: got 0"),
         ({"last_steps": 0}, "last_steps: got 0"),
         ({"lam": math.inf, "weight": "paper"}, "lam: got inf"),
