@@ -25,7 +25,7 @@ SOLVERS = {  # with what `stock_sampler` takes
     "PSLD": (sample_psld, {"rule": "line_search", "omega": 0.8, "gamma": 0.0}),
 }
 # With the sampler's own, eta 2 and no spread, samples of one photo come out too much alike (benchmarks/results/calibration.md).
-SEVERAL = {"eta": 0.5, "spread": 1.0}
+SEVERAL = {"eta": 0.5, "spread": 1.4}
 NEXT_SAMPLE = 1_000_003  # from the seed of a photo's sample to the next one's
 
 
@@ -97,7 +97,7 @@ class Restore(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="How many results for each photo, for the Uncertainty node: where they differ, the details are invented. With more than "
-                    "one, each starts from the highest noise level, and C-PiGDM draws it with the noise that its means leave out (eta .5, spread 1): they differ "
+                    "one, each starts from the highest noise level, and C-PiGDM draws it with the noise that its means leave out (eta .5, spread 1.4): they differ "
                     "more, in holes about as much as they are wrong, and the first is not the picture that a single one would be, which is closer to the truth. PSLD's differ by their "
                     "start alone.",
                 ),
