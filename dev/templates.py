@@ -98,7 +98,7 @@ DEMO_TEMPLATES = [
         "colourise",
         "## Colourisation with Restore\nThe brightness of each pixel stays as it is; the colours are the model's, and another seed "
         f"gives others.\n\n{SWAP}.",
-        one_node([operator("PosteriorGrayscale")], first=6, quality="best"),
+        one_node([operator("PosteriorGrayscale")], first=13, quality="best"),
     ),
     Template(
         "old_photo",
