@@ -130,7 +130,7 @@ DEMO_TEMPLATES = [
         "## Which details are invented\nFour results for one photo: their mean, and at each pixel how much they differ. Black is "
         f"certain, white is invented.\n\n{SWAP},\n{OWN_MASK}",
         [
-            *degraded([BOX], (9, 1), 0.0),
+            *degraded([BOX], (6, 1), 0.0),
             Node("PosteriorRestore", "Restore", 2, restored(samples=4, quality="fast")),
             Node("PosteriorUncertainty", "Uncertainty", 3, {"samples": ("Restore", 0)}),
             Node("SaveImage", "Result", 4, {"images": ("Uncertainty", 0), "filename_prefix": "posterior"}),
