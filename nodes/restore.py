@@ -98,7 +98,7 @@ class Restore(io.ComfyNode):
                     advanced=True,
                     tooltip="How many results for each photo, for the Uncertainty node: where they differ, the details are invented. With more than "
                     "one, each starts from the highest noise level, and C-PiGDM draws it with the noise that its means leave out (eta .5, spread 1.4): they differ "
-                    "more, in holes about as much as they are wrong, and the first is not the picture that a single one would be, which is closer to the truth. PSLD's differ by their "
+                    "more, in holes nearly as much as they are wrong, and the first is not the picture that a single one would be, which is closer to the truth. PSLD's differ by their "
                     "start alone.",
                 ),
                 io.Combo.Input(

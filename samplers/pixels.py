@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, pad
 
 USUAL = 0.1  # error of a sampled picture, in [-1, 1] units
 ROUNDING = 2 / 255 / 12**0.5  # standard deviation of the error of an 8-bit photo, in [-1, 1] units
@@ -119,13 +119,14 @@ def feather_holes(x: Tensor, agreed: Tensor, keep: Tensor, width: float) -> Tens
     taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device) / width) ** 2)
     taps = taps / taps.sum()
 
-    def smooth(v: Tensor) -> Tensor:
-        planes = v.flatten(0, 1)[:, None]
-        planes = conv2d(
-            conv2d(planes, taps[None, None, :, None], padding=(radius, 0)), taps[None, None, None], padding=(0, radius)
-        )
-        return planes.reshape(v.shape)
-
-    weight = smooth(keep)
-    change = smooth(keep * (agreed - x)) / weight.clamp(min=1e-12)
+    weight, change = (convolve(v, taps, (radius,) * 4) for v in (keep, keep * (agreed - x)))
+    change = change / weight.clamp(min=1e-12)
     return torch.where(keep > 0, agreed, (agreed + (2 * weight).clamp(max=1) * change).clamp(-1, 1))
+
+
+def convolve(v: Tensor, taps: Tensor, margin: tuple[int, int, int, int], stride: int = 1) -> Tensor:
+    """Every channel of v, (B, C, H, W), with the same taps along columns and rows; margin: zeros left, right, above and below."""
+    planes = pad(v.flatten(0, 1)[:, None], margin)
+    planes = conv2d(planes, taps[None, None, :, None], stride=(stride, 1))
+    planes = conv2d(planes, taps[None, None, None], stride=(1, stride))
+    return planes.reshape(*v.shape[:2], *planes.shape[2:])

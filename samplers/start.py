@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate, pad
+from torch.nn.functional import interpolate, pad
 
-from .pixels import ROUNDING
+from .pixels import ROUNDING, convolve
 
 REACH = 1e-5  # weights below this share of the largest count as none: the tails of a blur
 # Standard deviations in [-1, 1] units, no statistics of pictures but chosen for fills that are near to the truth in latents, on the
@@ -14,7 +14,9 @@ REACH = 1e-5  # weights below this share of the largest count as none: the tails
 DETAIL = 0.1  # of a pixel around what its neighbours say; twice as much in pictures of half the size
 READING = 0.05  # at least, of a reading around its pixel: a value of y that is a mean over several is none of them
 SMOOTHED = 0.3  # of the truth around the smooth picture
-LOWEST = 1.2  # for data of unit variance, sigma from which every fault of the filled photo but a hole drowns in the noise
+# For data of unit variance, sigma from which the faults of the filled photo drown in the noise, but for holes, and for the colours of
+# a black and white photo, which stay pale.
+LOWEST = 1.2
 HOLE = 3.0  # side of the hole, in pixels of the state, that drowns there, too
 
 
@@ -63,13 +65,9 @@ def _smooth(reading: Tensor, precision: Tensor, detail: float) -> Tensor:
     share = precision * detail**2 / (1 + precision * detail**2)
     taps = torch.tensor([1, 3, 3, 1], dtype=reading.dtype, device=reading.device) / 8
 
-    def halved(v: Tensor) -> Tensor:
-        planes = pad(v.flatten(0, 1)[:, None], (1, 1 + w % 2, 1, 1 + h % 2))
-        planes = conv2d(conv2d(planes, taps[None, None, :, None], stride=(2, 1)), taps[None, None, None], stride=(1, 2))
-        return planes.reshape(*v.shape[:2], *planes.shape[2:])
-
-    gathered = halved(share)
-    coarse = halved(share * reading) / torch.where(gathered > 0, gathered, 1)
+    margin = (1, 1 + w % 2, 1, 1 + h % 2)
+    gathered, sums = (convolve(v, taps, margin, stride=2) for v in (share, share * reading))
+    coarse = sums / torch.where(gathered > 0, gathered, 1)
     coarse = _smooth(coarse, 4 * gathered / detail**2, 2 * detail)
     around = interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)[..., :h, :w]
     return share * reading + (1 - share) * around
@@ -87,7 +85,7 @@ def largest_hole(measurement: Any) -> int:
     reached = sum(operator.A_adjoint(draw.expand_as(y).contiguous()).abs() for draw in draws).amax(1)
     seen = (reached > REACH * reached.amax((1, 2), keepdim=True)).long()
     # Sums over all rectangles from the top left corner give those over every window.
-    sums = torch.nn.functional.pad(seen.cumsum(1).cumsum(2), (1, 0, 1, 0))
+    sums = pad(seen.cumsum(1).cumsum(2), (1, 0, 1, 0))
 
     def fits(s: int) -> bool:
         return bool((sums[:, s:, s:] - sums[:, :-s, s:] - sums[:, s:, :-s] + sums[:, :-s, :-s] == 0).any())
