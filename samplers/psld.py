@@ -159,7 +159,7 @@ class LineSearch:
         last = not x.requires_grad
         steps = self.last_steps if last else self.inner_steps
         prior = None if self.autoencoder is None else (z0.detach(), spread_of(sigma))
-        target, fit = match_by_decoder(z0, self.measurement, self.autoencoder, steps, self.noise_norm, prior)
+        target, fit = match_by_decoder(z0, self.measurement, self.autoencoder, steps, self.noise_norm, prior, last)
         if last:
             with torch.no_grad():
                 return closer(target, z0, fit, self.measurement, self.autoencoder, self.noise_norm) - z0, fit

@@ -116,7 +116,7 @@ class Latents(Space):
         if self.consistency == "decoder":
             near = (prior_mean, spread_of(sigma, self.tau))
             goal = self.noise_norm if last else self.stop * self.noise_norm
-            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, goal, near)
+            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, goal, near, last)
         else:
             target, fit = match_by_encoder(x0, self.measurement, self.autoencoder, steps)
         if last:

@@ -62,7 +62,7 @@ def latent_run(toy: Toy, noise: float, images: int = 4, calls: int = 10, first: 
 @pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
 def test_final_residual_is_that_of_the_noise(bent: bool, options: dict[str, Any], noise: float) -> None:
     """The discrepancy principle: within 0.9 to 1.1 sigma sqrt(m). Without fresh noise, which lets 16 values vary by more."""
-    out = latent_run(Toy(bent), noise, last_steps=30, eta=0.0, stop=0.92, **options)
+    out = latent_run(Toy(bent), noise, inner_steps=5, last_steps=30, eta=0.0, stop=0.92, **options)
     ratio = out.residual / (noise * out.entries**0.5)
     assert ((ratio > 0.9) & (ratio < 1.1)).all(), ratio
 
@@ -86,7 +86,7 @@ def test_steps_through_the_decoder_stay_near_what_the_network_says_without_the_t
     model = gaussian(torch.zeros(1, 1, 4, 4, dtype=F64), tau**2)
 
     def spy(z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        seen.append((z, *arguments[-1]))
+        seen.append((z, *arguments[-2]))
         return match_by_decoder(z, *arguments)
 
     monkeypatch.setattr("samplers.spaces.match_by_decoder", spy)
@@ -105,10 +105,10 @@ def test_steps_through_the_decoder_stay_near_what_the_network_says_without_the_t
 def test_one_consistency_step_while_x_is_mostly_noise(tau: float, monkeypatch: pytest.MonkeyPatch) -> None:
     counts, goals = [], []
 
-    def spy(z: Tensor, measurement: Any, autoencoder: Any, steps: int, goal: Tensor, prior: Any) -> tuple[Tensor, Tensor]:
+    def spy(z: Tensor, measurement: Any, autoencoder: Any, steps: int, goal: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         counts.append(steps)
         goals.append(goal / (0.1 * 16**0.5))  # over the noise
-        return match_by_decoder(z, measurement, autoencoder, steps, goal, prior)
+        return match_by_decoder(z, measurement, autoencoder, steps, goal, *others)
 
     monkeypatch.setattr("samplers.spaces.match_by_decoder", spy)
     latent_run(Toy(False), 0.1, tau=tau, inner_steps=3, last_steps=7, stop=0.8)

@@ -151,3 +151,45 @@ def test_how_far_the_network_may_be_off() -> None:
     assert spread_of(torch.tensor(2.0), tau=0.5) == pytest.approx((4 / 17 + 0.1**2) ** 0.5)
     assert spread_of(torch.tensor(2.0), tau=0.01) < 0.011
     assert spread_of(torch.tensor(2.0), tau=float("inf")) == pytest.approx((4 + 0.2**2) ** 0.5)
+
+
+class Bent:
+    """Colours through tanh, in any precision; counts what is decoded."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.decoded = dtype, 0
+
+    def decode(self, z: Tensor) -> Tensor:
+        self.decoded += 1
+        return (2 * Nearest().decode(z)).tanh().to(self.dtype).to(z.dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "last", "decoded"),
+    [(torch.float32, False, 6), (torch.float32, True, 6), (torch.bfloat16, False, 6), (torch.bfloat16, True, 10)],
+)
+def test_decodes_once_for_each_step_and_in_half_precision_twice_in_the_last(
+    dtype: torch.dtype, last: bool, decoded: int
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    y = 0.5 * torch.randn(2, 3, 32, 32, generator=g)  # out of reach
+    measurement, decoder = Measurement(y, Identity((3, 32, 32))), Bent(dtype)
+    _, fit = match_by_decoder(torch.randn(2, 4, 4, 4, generator=g), measurement, decoder, 5, torch.zeros(2), last=last)
+    assert decoder.decoded == decoded
+    assert fit.shape == (2,)
+
+
+def test_each_image_ends_on_its_goal_whatever_the_others_do() -> None:
+    """What is interpolated between two places is confirmed where z is. A step may land beyond: this decoder is far from linear."""
+    g = torch.Generator().manual_seed(0)
+    decoder = Bent(torch.float64)
+    truth = 0.3 * torch.randn(4, 4, 4, 4, generator=g, dtype=torch.float64)
+    measurement = Measurement(decoder.decode(truth), Identity((3, 32, 32)))
+    start = truth + 0.5 * torch.randn(4, 4, 4, 4, generator=g, dtype=torch.float64)
+    goal = measurement.residual_norm(decoder.decode(start)) * torch.tensor([0.9, 0.5, 0.2, 0.05], dtype=torch.float64)
+    z, _ = match_by_decoder(start, measurement, decoder, 40, goal)
+    ratio = measurement.residual_norm(decoder.decode(z)) / goal
+    assert ((ratio > 0.85) & (ratio < 1.001)).all(), ratio
+    for i in range(4):
+        alone = Measurement(measurement.y[i : i + 1], measurement.operator)
+        torch.testing.assert_close(match_by_decoder(start[i : i + 1], alone, decoder, 40, goal[i : i + 1])[0], z[i : i + 1])

@@ -23,9 +23,11 @@ def residuals(outputs: dict, prompt: Prompt) -> list[float]:
 
 def test_small_photo_becomes_a_large_picture(server: Server) -> None:
     """16 x 16 in, 128 x 128 out, which made smaller again is the photo; the same picture as from the simulation."""
-    simulated, own = with_psld("super_resolution_x8", SHORT), with_psld("super_resolution_x8", SHORT)
+    # Each step makes more of the rounding of a photo in float32: after ten of the published rule some processors are 5 of 255 apart.
+    # The line search makes visible differences of it at once: its decoder is piecewise linear.
+    simulated, own = with_psld("super_resolution_x8", 4), with_psld("super_resolution_x8", 4)
     for prompt in (simulated, own):
-        paper_rule(prompt)  # the line search makes visible differences of rounding: its decoder is piecewise linear
+        paper_rule(prompt)
     own_photo(own)
     inputs(own, "Noise")["again"] = "own"
     outputs = server.run(own)
@@ -33,7 +35,7 @@ def test_small_photo_becomes_a_large_picture(server: Server) -> None:
     assert result.shape == (128, 128, 3)
     assert max(residuals(outputs, own)) <= 1e-4
     difference = result.astype(int) - run(server, simulated)
-    assert int(np.abs(difference).max()) <= 2  # the photo went through float32 on its way
+    assert int(np.abs(difference).max()) <= 2
 
 
 def test_what_stands_under_the_mask_does_not_matter(server: Server) -> None:
