@@ -80,6 +80,7 @@ def match_by_decoder(
         if bool(done.all()):
             break
         descent = vjp(seen, point, residual) - damping * (z - mean)
+        seen = seen.detach()  # its graph goes before the next is built
         # Polak and Ribiere's choice, which starts anew where the decoder's curvature has spoilt the old direction.
         beta = _ratio(_dot(descent, descent - before), _dot(before, before)).clamp(min=0)
         direction = descent + per_image(beta, z) * direction
