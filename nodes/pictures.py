@@ -1,23 +1,31 @@
 """Pictures that nodes show of what they did."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from comfy_api.latest import io
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from . import host
 
 GAP = 4  # pixels between pictures
 VISIBLE = 128  # pixels of a picture whose single pixels shall be seen
+STRIP = 16  # pixels of the line of names above pictures
 
 
-def shown(node: type[io.ComfyNode], *images: Tensor, text: str = "") -> dict:
-    """The `ui` of a node's output: previews of these IMAGEs, small ones enlarged, and a text, which is on the node at once."""
+def shown(node: type[io.ComfyNode], *images: Tensor, text: str = "", names: Sequence[str] = ()) -> dict:
+    """The `ui` of a node's output: previews of these IMAGEs, small ones enlarged, and a text, which is on the node at once.
+
+    names: of the pictures that stand `beside` each other in each IMAGE.
+    """
     result = {}
     if images:
         with host.without("pictures on nodes"):
             from comfy_api.latest import ui
 
-            previews = [ui.PreviewImage(enlarged(image), cls=node).as_dict() for image in images]
+            previews = [ui.PreviewImage(named(enlarged(image), names), cls=node).as_dict() for image in images]
             result = {"images": [saved for preview in previews for saved in preview["images"]], "animated": (False,)}
     if text:
         host.show_text(node, text)
@@ -29,6 +37,21 @@ def enlarged(image: Tensor) -> Tensor:
     """An IMAGE that is too small to be seen, with each pixel a whole number of times."""
     times = max(1, VISIBLE // max(image.shape[1:3]))
     return image.repeat_interleave(times, 1).repeat_interleave(times, 2)
+
+
+def named(image: Tensor, names: Sequence[str]) -> Tensor:
+    """An IMAGE of pictures of one width side by side, with a line of their names above; without, where it has no room for them."""
+    if not names:
+        return image
+    _, _, width, channels = image.shape
+    strip, font = Image.new("RGB", (width, STRIP), "white"), ImageFont.load_default()
+    draw = ImageDraw.Draw(strip)
+    if max(draw.textlength(name, font=font) for name in names) > width / len(names) - 2 * GAP:
+        return image
+    for k, name in enumerate(names):
+        draw.text((width * (k + 0.5) / len(names), STRIP / 2), name, fill=(40, 40, 40), font=font, anchor="mm")
+    line = torch.from_numpy(np.array(strip)).to(image) / 255
+    return torch.cat([line[None, ..., :channels].expand(len(image), -1, -1, -1), image], 1)
 
 
 def beside(*images: Tensor, height: int = 0) -> Tensor:

@@ -87,7 +87,8 @@ class Consistency(io.ComfyNode):
         relative, sigmas = zip(*(overall([part[i] for part in found]) for i in range(len(x))), strict=True)
         agrees = all(one.agrees for part in found for one in part)
         picture = below(*rows)
-        return io.NodeOutput(picture, max(relative), max(sigmas), agrees, ui=shown(cls, picture, text="\n".join(lines)))
+        ui = shown(cls, picture, text="\n".join(lines), names=("photo", "result, degraded", f"difference x {gain:g}"))
+        return io.NodeOutput(picture, max(relative), max(sigmas), agrees, ui=ui)
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,8 @@ class Compare(io.ComfyNode):
         first, second = (v.movedim(1, -1).float() for v in (a, b))
         picture = beside(first, second, heat((error.sqrt() / brightest).clamp(0, 1).float()))
         means = (float(values[key].mean()) for key in ("PSNR", "SSIM"))
-        return io.NodeOutput(picture, *means, ui=shown(cls, picture, text="\n".join(lines)))
+        ui = shown(cls, picture, text="\n".join(lines), names=("result", "truth", f"error, white {brightest:g} up"))
+        return io.NodeOutput(picture, *means, ui=ui)
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:

@@ -44,3 +44,21 @@ def test_a_power_of_ten_does_not_lie_on_the_frame(nodes: ModuleType) -> None:
     plot = nodes.plot.residual_plot([[0.1, 0.03]], 0.01)
     red = ((plot[0] * 255).round() == torch.tensor([214.0, 39.0, 40.0])).all(-1)
     assert int(red.sum(1).max()) > 150  # the broken line; the frame would hide it
+
+
+def test_names_stand_above_their_pictures(nodes: ModuleType) -> None:
+    pictures = torch.rand(2, 30, 392, 3, generator=torch.Generator().manual_seed(0))
+    shown = nodes.pictures.named(pictures, ("photo", "result, degraded", "difference x 10"))
+    assert torch.equal(shown[:, -30:], pictures)
+    strip = shown[0, :-30]
+    assert 8 < len(strip) < 30
+    inked = (strip < 0.5).all(-1).any(0)  # columns
+    for third in inked.tensor_split(3):
+        assert bool(third.any())
+        assert not bool(third[:8].any() or third[-8:].any())  # in the middle of its own picture
+
+
+def test_names_that_have_no_room_are_left_out(nodes: ModuleType) -> None:
+    pictures = torch.rand(1, 16, 56, 3)
+    assert torch.equal(nodes.pictures.named(pictures, ("photo", "result, degraded", "difference x 10")), pictures)
+    assert torch.equal(nodes.pictures.named(pictures, ()), pictures)

@@ -84,7 +84,7 @@ def test_a_saved_measurement_is_listed_and_loads(server: Server, file: str) -> N
     text = outputs[titled(prompt, "Consistency")]["text"][0]
     assert [line.split(":")[0] for line in text.split("\n")] == ["picture 1", "picture 2"]
     assert text.count("agrees within the noise") == 2
-    assert picture(server, outputs, prompt, "Consistency").shape == (128, 3 * 128 + 8, 3)
+    assert picture(server, outputs, prompt, "Consistency").shape == (16 + 128, 3 * 128 + 8, 3)  # names above
 
 
 def test_a_changed_file_is_read_again(server: Server, base: Path, file: str) -> None:
@@ -134,7 +134,7 @@ def test_compare(server: Server) -> None:
     lines = outputs[node]["text"][0].split("\n")
     assert len(lines) == 2
     assert psnr == pytest.approx(np.mean([float(line.split()[3]) for line in lines]), abs=0.01)
-    assert picture(server, outputs, prompt, "Compare").shape == (128, 3 * 128 + 8, 3)
+    assert picture(server, outputs, prompt, "Compare").shape == (16 + 128, 3 * 128 + 8, 3)  # names above
 
 
 def test_poisson_noise_and_its_estimate(server: Server) -> None:
