@@ -37,10 +37,12 @@ readme:
 
 # Two processes for two cores; what the first says comes after what the second does. A shell starts what is in the background deaf
 # to Ctrl-C: a SIGTERM ends both instead, as Ctrl-C would, so that the tests stop the servers they have started.
-# On an older ComfyUI the tests through a server take half as long as those in process: some of these go to them.
+# On an older ComfyUI the tests through a server take half as long as those in process: some of these go to them. What is about the
+# pack's own mathematics and memory more than about ComfyUI is left out there.
 moved = $(addprefix tests/host/test_,any_input.py guarantees.py memory.py)
-in_process = $(if $(older),tests/host $(moved:%=--ignore=%),tests/host tests/browser)
-rest = $(if $(older),tests/server $(moved),tests --ignore=tests/host --ignore=tests/browser)
+own = $(addprefix --ignore=tests/,server/test_load.py $(addprefix host/test_,large_pictures.py plot.py posterior_mean.py))
+in_process = $(if $(older),tests/host $(moved:%=--ignore=%) $(own),tests/host tests/browser)
+rest = $(if $(older),tests/server $(moved) $(own),tests --ignore=tests/host --ignore=tests/browser)
 pytest = "$$ENV_PYTHON" -c 'import pytest, signal, sys; signal.signal(signal.SIGTERM, signal.default_int_handler); sys.exit(pytest.main())'
 both = { log="$$(mktemp)"; first=; second=; trap 'trap "" INT TERM; kill $$first $$second; wait; rm "$$log"; exit 130' INT TERM; \
 	$(pytest) $(1) --part in-process $(in_process) >"$$log" 2>&1 & first=$$!; \

@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--sigmas", type=lambda text: [float(sigma) for sigma in listed(text)], default=[0.02])
     parser.add_argument("--split", choices=SPLITS, default="validate")
     parser.add_argument("--pixels", action="store_true", help="the prior on 32 x 32 pixels")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"])
+    parser.add_argument("--precision", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--report", action="store_true", help="only write the table and the plots")
     given = parser.parse_args()
     torch.set_num_threads(1)

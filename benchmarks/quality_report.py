@@ -24,9 +24,9 @@ def read(path: pathlib.Path) -> Rows:
 
 
 def preferred(rows: Rows, precision: str) -> Rows:
-    """One row for each run: that in `precision`, or where there is none that in another."""
+    """One row for each run: that in `precision`, or where there is none that in float32, or in another."""
     best: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in sorted(rows, key=lambda row: row["precision"] == precision):
+    for row in sorted(rows, key=lambda row: (row["precision"] == precision, row["precision"] == "float32")):
         best[tuple(row[key] for key in ("task", "sigma", "method", "picture"))] = row
     return list(best.values())
 
@@ -82,21 +82,28 @@ def ahead(rows: Rows, tasks: list[str], names: list[str], leader: str) -> list[s
 
 
 def precisions(rows: Rows, others: Rows, tasks: list[str], names: list[str]) -> list[str]:
-    """By how many dB of PSNR the rows are ahead of the same runs in another precision, mean and standard error over their pictures."""
+    """By how many dB of PSNR the rows are ahead of the same runs in another precision: mean, standard error, number of pictures."""
     shared = {r["method"] for r in rows} & {r["method"] for r in others}
     names = [name for name in names if name in shared]
-    lines = ["| task | sigma | n | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    lines = ["| task | sigma | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+    everything: dict[str, list[float]] = {name: [] for name in names}
+
+    def cell(differences: list[float]) -> str:
+        mean, error = mean_and_error(differences) if differences else (math.nan, math.nan)
+        return f"{mean:+.2f} +- {error:.2f} ({len(differences)})" if differences else "-"
+
     for task in tasks:
         for sigma in sorted({float(r["sigma"]) for r in others if r["task"] == task}):
             found, reference = psnrs(rows, task, sigma), psnrs(others, task, sigma)
-            cells, counts = [], set()
+            cells = []
             for name in names:
-                common = found.get(name, {}).keys() & reference.get(name, {}).keys()
-                counts.add(len(common))
-                mean, error = mean_and_error([found[name][i] - reference[name][i] for i in common]) if common else (math.nan, 0)
-                cells.append(f"{mean:+.2f} +- {error:.2f}" if common else "-")
-            lines.append(f"| {task} | {sigma:g} | {max(counts, default=0)} | " + " | ".join(cells) + " |")
-    return lines
+                own, other = found.get(name, {}), reference.get(name, {})
+                differences = [own[i] - other[i] for i in own.keys() & other.keys()]
+                everything[name] += differences
+                cells.append(cell(differences))
+            if cells != ["-"] * len(cells):
+                lines.append(f"| {task} | {sigma:g} | " + " | ".join(cells) + " |")
+    return [*lines, "| all | | " + " | ".join(map(cell, everything.values())) + " |"]
 
 
 def table(there: Rows, precision: str, tasks: list[str], methods: list[str], parts: Parts, leader: str) -> str:
@@ -105,7 +112,8 @@ def table(there: Rows, precision: str, tasks: list[str], methods: list[str], par
     if not rows:
         return "# Quality on the demo prior\n\nNothing measured with the present weights.\n"
     names = in_order(rows, methods, parts)
-    own, others = ([r for r in there if (r["precision"] == precision) == same] for same in (True, False))
+    by_precision = {kind: [r for r in there if r["precision"] == kind] for kind in sorted({r["precision"] for r in there})}
+    exact = by_precision.pop("float32", [])
     lines = [
         "# Quality on the demo prior",
         "",
@@ -123,8 +131,9 @@ def table(there: Rows, precision: str, tasks: list[str], methods: list[str], par
     ]
     if leader in names:
         lines += ["", f"## {leader} less each, dB", "", *ahead(rows, tasks, names, leader)]
-    if {r["method"] for r in others} & {r["method"] for r in own}:
-        lines += ["", f"## {precision} less {others[0]['precision']}, dB", "", *precisions(own, others, tasks, names)]
+    for kind, own in by_precision.items():
+        if {r["method"] for r in exact} & {r["method"] for r in own}:
+            lines += ["", f"## {kind} less float32, dB (pictures)", "", *precisions(own, exact, tasks, names)]
     for task in tasks:
         for sigma in sorted({float(r["sigma"]) for r in rows if r["task"] == task}):
             here = [r for r in rows if r["task"] == task and float(r["sigma"]) == sigma]
