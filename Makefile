@@ -37,8 +37,8 @@ readme:
 
 # Two processes for two cores; what the first says comes after what the second does. A shell starts what is in the background deaf
 # to Ctrl-C: a SIGTERM ends both instead, as Ctrl-C would, so that the tests stop the servers they have started.
-# On an older ComfyUI the tests through a server take half as long as those in process: some of these go to them. What is about the
-# pack's own mathematics and memory more than about ComfyUI is left out there.
+# On an older ComfyUI the tests through a server take half as long as those in process: some of these go to them. Left out
+# there: many prompts on one server, pictures of 4K, plots, and the means of many samples.
 moved = $(addprefix tests/host/test_,any_input.py guarantees.py memory.py)
 own = $(addprefix --ignore=tests/,server/test_load.py $(addprefix host/test_,large_pictures.py plot.py posterior_mean.py))
 in_process = $(if $(older),tests/host $(moved:%=--ignore=%) $(own),tests/host tests/browser)

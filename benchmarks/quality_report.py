@@ -131,8 +131,9 @@ def table(there: Rows, precision: str, tasks: list[str], methods: list[str], par
     ]
     if leader in names:
         lines += ["", f"## {leader} less each, dB", "", *ahead(rows, tasks, names, leader)]
+    runs = {kind: {(r["task"], r["sigma"], r["method"], r["picture"]) for r in rows} for kind, rows in by_precision.items()}
     for kind, own in by_precision.items():
-        if {r["method"] for r in exact} & {r["method"] for r in own}:
+        if runs[kind] & {(r["task"], r["sigma"], r["method"], r["picture"]) for r in exact}:
             lines += ["", f"## {kind} less float32, dB (pictures)", "", *precisions(own, exact, tasks, names)]
     for task in tasks:
         for sigma in sorted({float(r["sigma"]) for r in rows if r["task"] == task}):

@@ -12,7 +12,7 @@ from . import host
 
 GAP = 4  # pixels between pictures
 VISIBLE = 128  # pixels of a picture whose single pixels shall be seen
-STRIP = 16  # pixels of the line of names above pictures
+LETTERS = 10, 1 / 40  # size of names above pictures: pixels at least, and of the width
 
 
 def shown(node: type[io.ComfyNode], *images: Tensor, text: str = "", names: Sequence[str] = ()) -> dict:
@@ -40,18 +40,19 @@ def enlarged(image: Tensor) -> Tensor:
 
 
 def named(image: Tensor, names: Sequence[str]) -> Tensor:
-    """An IMAGE of pictures of one width side by side, with a line of their names above; without, where it has no room for them."""
+    """An IMAGE (B, h, w, 3) of pictures of one width side by side, with a line of their names above, if that has room for them."""
     if not names:
         return image
-    _, _, width, channels = image.shape
-    strip, font = Image.new("RGB", (width, STRIP), "white"), ImageFont.load_default()
+    width = image.shape[2]
+    size = max(LETTERS[0], round(LETTERS[1] * width))
+    strip, font = Image.new("RGB", (width, round(1.6 * size)), "white"), ImageFont.load_default(size)
     draw = ImageDraw.Draw(strip)
     if max(draw.textlength(name, font=font) for name in names) > width / len(names) - 2 * GAP:
         return image
     for k, name in enumerate(names):
-        draw.text((width * (k + 0.5) / len(names), STRIP / 2), name, fill=(40, 40, 40), font=font, anchor="mm")
+        draw.text((width * (k + 0.5) / len(names), strip.height / 2), name, fill=(40, 40, 40), font=font, anchor="mm")
     line = torch.from_numpy(np.array(strip)).to(image) / 255
-    return torch.cat([line[None, ..., :channels].expand(len(image), -1, -1, -1), image], 1)
+    return torch.cat([line.expand(len(image), -1, -1, -1), image], 1)
 
 
 def beside(*images: Tensor, height: int = 0) -> Tensor:

@@ -40,9 +40,9 @@ def match_by_decoder(
 
     Each step takes one vjp of the decoder, for its direction, and decodes once: at z and the direction by the length of the step
     before, where the next is likely to be. That gives A J d for the exact line search of the linearised decoder, and the place
-    where the next vjp is taken: K steps decode K + 1 times. What A D(z) is after a step is interpolated between the two ends. The
-    step that would cross the goal ends on it (discrepancy principle), whether it comes from further away or, back to the prior's
-    mean, from nearer to y.
+    where the next vjp is taken: K steps decode K + 1 times. What A D(z) is after a step is interpolated between the two ends, in the
+    first step extrapolated, which through a strongly bent decoder costs about a step. The step that would cross the goal ends on it
+    (discrepancy principle), whether it comes from further away or, back to the prior's mean, from nearer to y.
 
     Args:
         z: (B, c, h, w) scaled latents.
@@ -63,7 +63,7 @@ def match_by_decoder(
     move = max(SMALL_MOVE, torch.finfo(getattr(autoencoder, "dtype", z.dtype)).eps ** 0.5)
     twice = last and move > SMALL_MOVE
     z = z.detach()
-    mean, spread = (z, float("inf")) if prior is None else prior
+    mean, spread = (z, float("inf")) if prior is None else (prior[0].detach(), prior[1])
     damping = (measurement.sigma / spread) ** 2
     # No step is longer than four times z itself, or unit variance: the line search knows no bound where the decoder hardly reacts,
     # as one does that a network gone astray has saturated.
@@ -71,12 +71,13 @@ def match_by_decoder(
     before = direction = torch.zeros_like(z)
     done = torch.zeros(len(z), dtype=torch.bool, device=z.device)
     exact = ~done  # whether the residual is that of z itself, and not interpolated
+    stuck = done  # the last step found no way down: perhaps from what was interpolated
     point, seen, residual = _decoded(z, operator, y, decode)
     fit = residual.flatten(1).norm(dim=1)
     length = moved = torch.zeros_like(fit)  # of the last step, in its direction and in z
     for step in range(1, steps + 1):
         near = (residual.flatten(1).norm(dim=1) - goal).abs() < ARRIVED * goal
-        done |= near & exact
+        done = done | (near & exact)
         if bool(done.all()):
             break
         descent = vjp(seen, point, residual) - damping * (z - mean)
@@ -88,10 +89,11 @@ def match_by_decoder(
         size = _dot(direction, direction).sqrt().clamp(min=1e-30)
         least = move * z[0].numel() ** 0.5 / size
         ahead = torch.maximum(torch.minimum(length, moved / size), least)
-        stays = done | near  # what seems to have arrived is decoded where it is
+        doubtful = (near | (stuck & ~exact)) & ~done  # decoded where it is, before it counts
+        stays = done | doubtful
         to = z + per_image(torch.where(stays, 0, ahead), z) * direction
         point, seen, there = _decoded(to, operator, y, decode, differentiable=step < steps and not twice)
-        exact = near & ~done
+        exact = doubtful
         slope = (residual - there) / per_image(ahead, residual)
         curve = _dot(slope, slope).clamp(min=1e-30)
         best = _dot(residual, slope) / curve
@@ -108,7 +110,8 @@ def match_by_decoder(
         length = torch.where(stays, 0, length)
         z = z + per_image(length, z) * direction
         residual = torch.where(per_image(exact, residual), there, residual - per_image(length, residual) * slope)
-        length = torch.where(length > 0, length, ahead)
+        stuck = (length == 0) & ~stays
+        length = torch.where(stays, ahead, length)
         moved = length * size
         if twice and step < steps:
             point, seen, residual = _decoded(z, operator, y, decode)

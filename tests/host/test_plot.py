@@ -3,6 +3,7 @@
 from types import ModuleType
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -46,12 +47,13 @@ def test_a_power_of_ten_does_not_lie_on_the_frame(nodes: ModuleType) -> None:
     assert int(red.sum(1).max()) > 150  # the broken line; the frame would hide it
 
 
-def test_names_stand_above_their_pictures(nodes: ModuleType) -> None:
-    pictures = torch.rand(2, 30, 392, 3, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("width", [392, 3080])
+def test_names_stand_above_their_pictures(width: int, nodes: ModuleType) -> None:
+    pictures = torch.rand(2, 30, width, 3, generator=torch.Generator().manual_seed(0))
     shown = nodes.pictures.named(pictures, ("photo", "result, degraded", "difference x 10"))
     assert torch.equal(shown[:, -30:], pictures)
     strip = shown[0, :-30]
-    assert 8 < len(strip) < 30
+    assert width / 30 < len(strip) < width / 20  # as large as the whole is wide
     inked = (strip < 0.5).all(-1).any(0)  # columns
     for third in inked.tensor_split(3):
         assert bool(third.any())

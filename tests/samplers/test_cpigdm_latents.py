@@ -61,7 +61,10 @@ def latent_run(toy: Toy, noise: float, images: int = 4, calls: int = 10, first: 
 @pytest.mark.parametrize("options", [{}, {"weight": "bayes"}], ids=str)
 @pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
 def test_final_residual_is_that_of_the_noise(bent: bool, options: dict[str, Any], noise: float) -> None:
-    """The discrepancy principle: within 0.9 to 1.1 sigma sqrt(m). Without fresh noise, which lets 16 values vary by more."""
+    """The discrepancy principle: within 0.9 to 1.1 sigma sqrt(m). Without fresh noise, which lets 16 values vary by more.
+
+    With 5 inner steps: with the default of 4 one image of these 48 ends at 1.11, its tanh being nearly saturated.
+    """
     out = latent_run(Toy(bent), noise, inner_steps=5, last_steps=30, eta=0.0, stop=0.92, **options)
     ratio = out.residual / (noise * out.entries**0.5)
     assert ((ratio > 0.9) & (ratio < 1.1)).all(), ratio

@@ -154,42 +154,52 @@ def test_how_far_the_network_may_be_off() -> None:
 
 
 class Bent:
-    """Colours through tanh, in any precision; counts what is decoded."""
+    """Colours through tanh, in any precision; keeps of each time that it decodes whether a graph is built."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.decoded = dtype, 0
+        self.dtype, self.graphs = dtype, []
 
     def decode(self, z: Tensor) -> Tensor:
-        self.decoded += 1
+        self.graphs.append(torch.is_grad_enabled())
         return (2 * Nearest().decode(z)).tanh().to(self.dtype).to(z.dtype)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "last", "decoded"),
-    [(torch.float32, False, 6), (torch.float32, True, 6), (torch.bfloat16, False, 6), (torch.bfloat16, True, 10)],
+    ("dtype", "last", "graphs"),
+    [
+        (torch.float32, False, [True, True, True, True, False]),
+        (torch.float32, True, [True, True, True, True, False]),
+        (torch.bfloat16, False, [True, True, True, True, False]),
+        (torch.bfloat16, True, [True, False, True, False, True, False, True, False]),
+    ],
 )
 def test_decodes_once_for_each_step_and_in_half_precision_twice_in_the_last(
-    dtype: torch.dtype, last: bool, decoded: int
+    dtype: torch.dtype, last: bool, graphs: list[bool]
 ) -> None:
     g = torch.Generator().manual_seed(0)
     y = 0.5 * torch.randn(2, 3, 32, 32, generator=g)  # out of reach
     measurement, decoder = Measurement(y, Identity((3, 32, 32))), Bent(dtype)
-    _, fit = match_by_decoder(torch.randn(2, 4, 4, 4, generator=g), measurement, decoder, 5, torch.zeros(2), last=last)
-    assert decoder.decoded == decoded
+    z, fit = match_by_decoder(torch.randn(2, 4, 4, 4, generator=g), measurement, decoder, 4, torch.zeros(2), last=last)
+    assert decoder.graphs == graphs
     assert fit.shape == (2,)
+    assert not z.requires_grad
 
 
-def test_each_image_ends_on_its_goal_whatever_the_others_do() -> None:
-    """What is interpolated between two places is confirmed where z is. A step may land beyond: this decoder is far from linear."""
-    g = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize(("off", "seed"), [(0.5, 0), (0.5, 1), (1.0, 0), (1.0, 1), (1.5, 2)])
+def test_each_image_ends_on_its_goal_whatever_the_others_do(off: float, seed: int) -> None:
+    """What is interpolated is confirmed where z is, before it counts: as an end, and where no step seems to lead down.
+
+    A step may land below the goal, for this decoder is far from linear.
+    """
+    g = torch.Generator().manual_seed(seed)
     decoder = Bent(torch.float64)
     truth = 0.3 * torch.randn(4, 4, 4, 4, generator=g, dtype=torch.float64)
     measurement = Measurement(decoder.decode(truth), Identity((3, 32, 32)))
-    start = truth + 0.5 * torch.randn(4, 4, 4, 4, generator=g, dtype=torch.float64)
-    goal = measurement.residual_norm(decoder.decode(start)) * torch.tensor([0.9, 0.5, 0.2, 0.05], dtype=torch.float64)
-    z, _ = match_by_decoder(start, measurement, decoder, 40, goal)
+    start = truth + off * torch.randn(4, 4, 4, 4, generator=g, dtype=torch.float64)
+    goal = measurement.residual_norm(decoder.decode(start)) * torch.tensor([0.6, 0.3, 0.1, 0.05], dtype=torch.float64)
+    z, _ = match_by_decoder(start, measurement, decoder, 60, goal)
     ratio = measurement.residual_norm(decoder.decode(z)) / goal
-    assert ((ratio > 0.85) & (ratio < 1.001)).all(), ratio
+    assert ((ratio > 0.7) & (ratio < 1.001)).all(), ratio
     for i in range(4):
         alone = Measurement(measurement.y[i : i + 1], measurement.operator)
-        torch.testing.assert_close(match_by_decoder(start[i : i + 1], alone, decoder, 40, goal[i : i + 1])[0], z[i : i + 1])
+        torch.testing.assert_close(match_by_decoder(start[i : i + 1], alone, decoder, 60, goal[i : i + 1])[0], z[i : i + 1])
