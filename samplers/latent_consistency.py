@@ -13,7 +13,9 @@ from .steps import Autoencoder, per_image, vjp
 DOUBT = (
     0.2  # of a network's x0 where sigma is small, in latents of unit variance; benchmarks/results/latent_tuning.md has others
 )
-SMALL_MOVE = 0.01  # root mean square, of latents of about unit variance, for finite differences
+# Root mean squares, of latents of about unit variance: of a finite difference, and of the first look ahead. From .01 the first step
+# would be extrapolated nine times as far, which costs 0.3 dB on masks; .09 is what bfloat16 needs, too.
+DIFFERENCE, LOOK_AHEAD = 0.01, 0.09
 ARRIVED = 1e-3  # of the goal: a residual as near to it is on it
 
 
@@ -41,8 +43,8 @@ def match_by_decoder(
     Each step takes one vjp of the decoder, for its direction, and decodes once: at z and the direction by the length of the step
     before, where the next is likely to be. That gives A J d for the exact line search of the linearised decoder, and the place
     where the next vjp is taken: K steps decode K + 1 times. What A D(z) is after a step is interpolated between the two ends, in the
-    first step extrapolated, which through a strongly bent decoder costs about a step. The step that would cross the goal ends on it
-    (discrepancy principle), whether it comes from further away or, back to the prior's mean, from nearer to y.
+    first step perhaps extrapolated, which through a strongly bent decoder costs about a step. The step that would cross the goal
+    ends on it (discrepancy principle), whether it comes from further away or, back to the prior's mean, from nearer to y.
 
     Args:
         z: (B, c, h, w) scaled latents.
@@ -51,17 +53,19 @@ def match_by_decoder(
         steps: at most this many.
         goal: ||A D(z) - y|| to end on, (B,): that of `pixels.noise_norm` for a sample, 0 for a mean, which the prior alone holds back.
         prior: mean, like z, and standard deviation of the truth's latent, before y is seen.
-        last: what is returned is the result. A decoder in half precision then decodes twice for each step, ahead and at z: its
-            finite differences reach further than late steps, and what is interpolated from there costs 0.3 dB (striped masks).
+        last: what is returned is the result. Then each step decodes twice, a little ahead and at z: late steps are so short that
+            in half precision finite differences reach further, and what is interpolated from there costs 0.3 dB (striped masks).
 
     Returns:
         The latents, (B, c, h, w), detached, and ||A D(z) - y|| before the first step, (B,).
     """
     operator, y = measurement.operator, measurement.y
     decode = (lambda z: z) if autoencoder is None else autoencoder.decode
-    # Above the decoder's rounding.
-    move = max(SMALL_MOVE, torch.finfo(getattr(autoencoder, "dtype", z.dtype)).eps ** 0.5)
-    twice = last and move > SMALL_MOVE
+    looks_ahead = steps > 1 and not last
+    move = max(
+        LOOK_AHEAD if looks_ahead else DIFFERENCE,
+        torch.finfo(getattr(autoencoder, "dtype", z.dtype)).eps ** 0.5,  # above the decoder's rounding
+    )
     z = z.detach()
     mean, spread = (z, float("inf")) if prior is None else (prior[0].detach(), prior[1])
     damping = (measurement.sigma / spread) ** 2
@@ -92,7 +96,7 @@ def match_by_decoder(
         doubtful = (near | (stuck & ~exact)) & ~done  # decoded where it is, before it counts
         stays = done | doubtful
         to = z + per_image(torch.where(stays, 0, ahead), z) * direction
-        point, seen, there = _decoded(to, operator, y, decode, differentiable=step < steps and not twice)
+        point, seen, there = _decoded(to, operator, y, decode, differentiable=looks_ahead and step < steps)
         exact = doubtful
         slope = (residual - there) / per_image(ahead, residual)
         curve = _dot(slope, slope).clamp(min=1e-30)
@@ -113,7 +117,7 @@ def match_by_decoder(
         stuck = (length == 0) & ~stays
         length = torch.where(stays, ahead, length)
         moved = length * size
-        if twice and step < steps:
+        if not looks_ahead and step < steps:
             point, seen, residual = _decoded(z, operator, y, decode)
             exact = ~done
     return z, fit

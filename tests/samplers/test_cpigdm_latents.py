@@ -61,11 +61,8 @@ def latent_run(toy: Toy, noise: float, images: int = 4, calls: int = 10, first: 
 @pytest.mark.parametrize("options", [{}, {"weight": "bayes"}], ids=str)
 @pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
 def test_final_residual_is_that_of_the_noise(bent: bool, options: dict[str, Any], noise: float) -> None:
-    """The discrepancy principle: within 0.9 to 1.1 sigma sqrt(m). Without fresh noise, which lets 16 values vary by more.
-
-    With 5 inner steps: with the default of 4 one image of these 48 ends at 1.11, its tanh being nearly saturated.
-    """
-    out = latent_run(Toy(bent), noise, inner_steps=5, last_steps=30, eta=0.0, stop=0.92, **options)
+    """The discrepancy principle: within 0.9 to 1.1 sigma sqrt(m). Without fresh noise, which lets 16 values vary by more."""
+    out = latent_run(Toy(bent), noise, last_steps=30, eta=0.0, stop=0.92, **options)
     ratio = out.residual / (noise * out.entries**0.5)
     assert ((ratio > 0.9) & (ratio < 1.1)).all(), ratio
 
@@ -195,21 +192,23 @@ class Photo:
         return (-10 * error.log10()).tolist(), float(residual.max())
 
 
-@pytest.mark.parametrize(
-    ("solve", "calls", "options"),
-    [
-        (sample_cpigdm, 4, {"last_steps": 4}),
-        (sample_psld, 6, {"rule": "line_search", "gamma": 0.0, "omega": 0.8, "last_steps": 4}),
-    ],
-)
-def test_bfloat16_networks_give_pictures_as_good(solve: Callable[..., Tensor], calls: int, options: dict[str, Any]) -> None:
-    """x2, two portraits: the line search's finite difference is above the decoder's rounding, which would cost decibels.
+@pytest.mark.parametrize(("steps", "last"), [(1, False), (4, False), (10, True)])
+def test_bfloat16_networks_come_as_near_to_the_photo(steps: int, last: bool) -> None:
+    """x2, four portraits, the decoder in bfloat16: its finite differences are above the rounding, below which 4 steps would end 15 % further.
 
-    The mean within 1 dB: two runs that differ by any rounding draw other details, which moves single portraits by up to 2 dB. float16
-    has three bits more, and takes minutes on a CPU.
+    Whole runs that differ by any rounding draw other details, which moves single portraits by up to 3 dB; benchmarks/results/quality.md
+    has their means over many. float16 has three bits more, and takes minutes on a CPU.
     """
-    exact, low = (Photo(precision, 2, 2).restore(solve, calls, **options)[0] for precision in (torch.float32, torch.bfloat16))
-    assert abs(np.mean(low) - np.mean(exact)) < 1
+    exact, low = Photo(torch.float32, 2, 4), Photo(torch.bfloat16, 2, 4)
+    with torch.no_grad():
+        z = exact.autoencoder.encode(exact.truth) + 0.3 * torch.randn(4, 4, 16, 16, generator=generator(3))
+    residuals = []
+    for photo in (exact, low):
+        out, _ = match_by_decoder(z, exact.measurement, photo, steps, torch.zeros(4), (z, 0.3), last)
+        with torch.no_grad():
+            residuals.append(exact.measurement.residual_norm(exact.decode(out)))
+    ratio = residuals[1] / residuals[0]
+    assert ((ratio > 0.97) & (ratio < 1.03)).all(), ratio
 
 
 def test_a_sigma_that_is_given_too_large_costs_little() -> None:
