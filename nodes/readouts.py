@@ -176,7 +176,10 @@ def remedy(limit: float, best: list[float] | str, k: int) -> str:
     if isinstance(best, str):
         return f"Whether any picture could is not known ({best})"
     if best[k] <= limit:
-        return "It can be met: the Finish node or more steps bring it closer"
+        return (
+            "It can be met: the Finish node (Restore has it in it) or more steps bring it closer. If they do not, check the operator: a "
+            "blur that is too wide can be met, too, by a picture that looks wrong"
+        )
     if len(best) > 1:
         return (
             f"The best compromise between the photos leaves {best[k]:.3g} here: they are not of one picture, or an operator did not make "
