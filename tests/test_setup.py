@@ -66,6 +66,7 @@ def serve(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(sys, "argv", ["serve.py", "--cpu"])
     monkeypatch.setattr(serve.os, "execv", lambda _, arguments: serve.started.append(arguments))
     monkeypatch.setattr(serve.os, "chdir", lambda _: None)
+    monkeypatch.setattr(serve.os, "environ", {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"})
     return serve
 
 
@@ -90,6 +91,16 @@ def test_two_servers_of_a_checkout_have_a_database_each(serve: ModuleType, monke
         serve.main()
     databases = [arguments[arguments.index("--database-url") + 1] for arguments in serve.started]
     assert databases[0] != databases[1]
+
+
+def test_idle_threads_of_the_server_sleep_unless_somebody_wants_them_otherwise(
+    serve: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve.main()
+    assert serve.os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    serve.os.environ["OMP_WAIT_POLICY"] = "ACTIVE"
+    serve.main()
+    assert serve.os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_a_port_that_comes_by_chance_leaves_no_database(serve: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
