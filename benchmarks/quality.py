@@ -49,7 +49,7 @@ from benchmarks.quality_methods import (  # noqa: E402
     Tasks,
     weights_id,
 )
-from benchmarks.quality_report import RESULTS, plots, preferred, read, table  # noqa: E402
+from benchmarks.quality_report import RESULTS, plots, read, table  # noqa: E402
 from operators import Blur, Mask, Measurement  # noqa: E402
 from prior.draw import VALIDATION_SEED, draw  # noqa: E402
 from samplers import enforce_consistency  # noqa: E402
@@ -209,7 +209,7 @@ def main() -> None:
     there = [row for row in read(path) if row["split"] == given.split and row["weights"] == weights]
     leader = "cpigdm_5" if given.pixels else "cpigdm_10"
     path.with_suffix(".md").write_text(table(there, given.precision, list(tasks), list(methods), parts, leader))
-    plots(preferred(there, given.precision), list(tasks), list(methods), parts, path.with_suffix(""))
+    plots(there, given.precision, list(tasks), list(methods), parts, path.with_suffix(""))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 Rows = list[dict[str, str]]
+Run = tuple[str, str, str, str]
 Parts = Callable[[str], tuple[str, dict[str, Any], int]]  # a method's name in the rows -> its name, options, network calls
 COLUMNS = ("psnr", "ssim", "features", "hole_psnr", "residual", "calls", "seconds")
 
@@ -23,11 +24,16 @@ def read(path: pathlib.Path) -> Rows:
         return list(csv.DictReader(file))
 
 
+def run_of(row: dict[str, str]) -> Run:
+    """What a row measured, in whatever precision."""
+    return row["task"], row["sigma"], row["method"], row["picture"]
+
+
 def preferred(rows: Rows, precision: str) -> Rows:
     """One row for each run: that in `precision`, or where there is none that in float32, or in another."""
-    best: dict[tuple[str, ...], dict[str, str]] = {}
+    best: dict[Run, dict[str, str]] = {}
     for row in sorted(rows, key=lambda row: (row["precision"] == precision, row["precision"] == "float32")):
-        best[tuple(row[key] for key in ("task", "sigma", "method", "picture"))] = row
+        best[run_of(row)] = row
     return list(best.values())
 
 
@@ -82,9 +88,14 @@ def ahead(rows: Rows, tasks: list[str], names: list[str], leader: str) -> list[s
 
 
 def precisions(rows: Rows, others: Rows, tasks: list[str], names: list[str]) -> list[str]:
-    """By how many dB of PSNR the rows are ahead of the same runs in another precision: mean, standard error, number of pictures."""
-    shared = {r["method"] for r in rows} & {r["method"] for r in others}
-    names = [name for name in names if name in shared]
+    """By how many dB of PSNR the rows are ahead of the same runs in another precision: mean, standard error, number of pictures.
+
+    Nothing where no run is in both.
+    """
+    shared = {run_of(r) for r in rows} & {run_of(r) for r in others}
+    if not shared:
+        return []
+    names = [name for name in names if name in {method for _, _, method, _ in shared}]
     lines = ["| task | sigma | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     everything: dict[str, list[float]] = {name: [] for name in names}
 
@@ -131,10 +142,9 @@ def table(there: Rows, precision: str, tasks: list[str], methods: list[str], par
     ]
     if leader in names:
         lines += ["", f"## {leader} less each, dB", "", *ahead(rows, tasks, names, leader)]
-    runs = {kind: {(r["task"], r["sigma"], r["method"], r["picture"]) for r in rows} for kind, rows in by_precision.items()}
     for kind, own in by_precision.items():
-        if runs[kind] & {(r["task"], r["sigma"], r["method"], r["picture"]) for r in exact}:
-            lines += ["", f"## {kind} less float32, dB (pictures)", "", *precisions(own, exact, tasks, names)]
+        if compared := precisions(own, exact, tasks, names):
+            lines += ["", f"## {kind} less float32, dB (pictures)", "", *compared]
     for task in tasks:
         for sigma in sorted({float(r["sigma"]) for r in rows if r["task"] == task}):
             here = [r for r in rows if r["task"] == task and float(r["sigma"]) == sigma]
@@ -157,21 +167,25 @@ def table(there: Rows, precision: str, tasks: list[str], methods: list[str], par
     return "\n".join(lines) + "\n"
 
 
-def plots(rows: Rows, tasks: list[str], methods: list[str], parts: Parts, stem: pathlib.Path) -> None:
+def plots(there: Rows, precision: str, tasks: list[str], methods: list[str], parts: Parts, stem: pathlib.Path) -> None:
     """STEM-calls.png and STEM-seconds.png: PSNR and feature distance of every task at its smallest noise above 0.
 
-    A curve for each method; a level line for the baseline, and by calls for everything that makes none.
+    A curve for each method; a level line for the baseline, and by calls for everything that makes none. By seconds only rows in
+    `precision`, and the baseline.
     """
     try:
         from matplotlib import pyplot, ticker
     except ImportError:
         print("no Matplotlib: the table is written, the plots are not")
         return
-    if not rows:
+    if not there:
         return
-    shown = [task for task in tasks if any(r["task"] == task for r in rows)]
-    curves = [m for m in methods if any(parts(r["method"])[0] == m for r in rows)]
-    for axis, label in (("calls", "network calls"), ("seconds", "CPU seconds per picture")):
+    best = preferred(there, precision)
+    shown = [task for task in tasks if any(r["task"] == task for r in best)]
+    curves = [m for m in methods if any(parts(r["method"])[0] == m for r in best)]
+    for axis, label in (("calls", "network calls"), ("seconds", "CPU seconds per picture, on several processors")):
+        timed = [r for r in best if r["precision"] == precision or parts(r["method"])[0] == "baseline"]
+        rows = best if axis == "calls" else timed
         width = min(5, len(shown))
         height = 2 * math.ceil(len(shown) / width)  # a row of PSNR, one of distances, and so on
         figure, grid = pyplot.subplots(height, width, figsize=(2.9 * width, 2.5 * height), squeeze=False)

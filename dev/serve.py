@@ -10,7 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
-from server import command, free_port
+from server import THREADS_SLEEP, command, free_port
 from setup_host import SetupError, prepare
 
 USUAL_PORT = 8188  # ComfyUI's own, when nobody has it
@@ -86,11 +86,9 @@ def main() -> int:
     print(f"ComfyUI will answer at http://127.0.0.1:{port} ; the templates are under Templates > comfyui-posterior.")
     print(f"Models go into {' or '.join(map(str, models))}, results into {base / 'output'}. Ctrl-C stops it.", flush=True)
     os.chdir(base)
-    # Threads that spin while they wait for each other make small networks 30 times slower on a CPU that has other work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Replaced, not started beside: a signal then reaches ComfyUI itself.
     arguments = command(sys.executable, paths["comfyui"], base, port, *extra)
-    return os.execv(arguments[0], arguments)
+    return os.execve(arguments[0], arguments, {**THREADS_SLEEP, **os.environ})
 
 
 if __name__ == "__main__":

@@ -117,6 +117,10 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+# Threads that spin while they wait make a busy machine many times slower, and an idle one no faster.
+THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
 def command(python: str, comfyui: Path, base: Path, port: int, *extra: str) -> list[str]:
     """How ComfyUI is started: on the loopback only, with this pack and no other, and with its data in `base`."""
     where = ["--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base)]
@@ -130,8 +134,7 @@ def running(python: str, comfyui: Path, base: Path, log: Path, *extra: str, wait
     server = Server(port := free_port(), log)
     with log.open("w") as stream:
         arguments = command(python, comfyui, base, port, "--database-url", "sqlite:///:memory:", *extra)
-        # Threads that spin while they wait make a busy machine seven times slower, and an idle one no faster.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "NO_COLOR": "1"}
+        environment = {**THREADS_SLEEP, **os.environ, "NO_COLOR": "1"}
         process = server.process = subprocess.Popen(
             arguments, stdout=stream, stderr=subprocess.STDOUT, cwd=base, env=environment
         )

@@ -177,7 +177,7 @@ def remedy(limit: float, best: list[float] | str, k: int) -> str:
         return f"Whether any picture could is not known ({best})"
     if best[k] <= limit:
         return (
-            "It can be met: the Finish node (Restore has it in it) or more steps bring it closer. If they do not, check the operator: a "
+            "It can be met: the Finish node (Restore includes it) or more steps bring it closer. If they do not, check the operator: a "
             "blur that is too wide can be met, too, by a picture that looks wrong"
         )
     if len(best) > 1:

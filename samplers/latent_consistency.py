@@ -42,9 +42,9 @@ def match_by_decoder(
 
     Each step takes one vjp of the decoder, for its direction, and decodes once: at z and the direction by the length of the step
     before, where the next is likely to be. That gives A J d for the exact line search of the linearised decoder, and the place
-    where the next vjp is taken: K steps decode K + 1 times. What A D(z) is after a step is interpolated between the two ends, in the
-    first step perhaps extrapolated, which through a strongly bent decoder costs about a step. The step that would cross the goal
-    ends on it (discrepancy principle), whether it comes from further away or, back to the prior's mean, from nearer to y.
+    where the next vjp is taken: K steps decode K + 1 times. What A D(z) is after a step is interpolated between the two ends, or
+    extrapolated where the step is longer. The step that would cross the goal ends on it (discrepancy principle), whether it comes
+    from further away or, back to the prior's mean, from nearer to y.
 
     Args:
         z: (B, c, h, w) scaled latents.
@@ -99,18 +99,8 @@ def match_by_decoder(
         point, seen, there = _decoded(to, operator, y, decode, differentiable=looks_ahead and step < steps)
         exact = doubtful
         slope = (residual - there) / per_image(ahead, residual)
-        curve = _dot(slope, slope).clamp(min=1e-30)
-        best = _dot(residual, slope) / curve
-        excess = (_dot(residual, residual) - goal**2) / curve
-        room = (-excess).clamp(min=0)
-        # At a goal of 0 the root is 0, and of rounding it would be 1e8 times as much.
-        early = torch.where(goal > 0, (best**2 - excess.clamp(min=0)).clamp(min=0).sqrt(), 0)
-        towards = best - early
-        back = _ratio(room, (best**2 + room).sqrt() - best)
-        length = torch.where(best > 0, towards, back)
-        damped = _dot(residual, slope) - damping * _dot(z - mean, direction)
-        length = torch.minimum(length, (damped / (curve + damping * size**2)).clamp(min=0))
-        length = torch.minimum(length, longest / size)
+        away = damping * _dot(z - mean, direction)
+        length = torch.minimum(_length(residual, slope, goal, away, damping * size**2), longest / size)
         length = torch.where(stays, 0, length)
         z = z + per_image(length, z) * direction
         residual = torch.where(per_image(exact, residual), there, residual - per_image(length, residual) * slope)
@@ -131,6 +121,24 @@ def _decoded(
         z = z.detach().clone().requires_grad_(differentiable)
         seen = operator.A(decode(z))
     return z, seen, y - seen.detach()
+
+
+def _length(residual: Tensor, slope: Tensor, goal: Tensor, away: Tensor, stiffness: Tensor) -> Tensor:
+    """How many slopes, (B,), to subtract from the residual: to the least of the sum of squares, at most until the residual is the goal.
+
+    Args:
+        residual, slope: (B, ...).
+        goal: ||residual|| to end on, (B,).
+        away, stiffness: of the prior's part of the sum: half its derivative here and half its second derivative, (B,).
+    """
+    curve, down = _dot(slope, slope).clamp(min=1e-30), _dot(residual, slope)
+    best = down / curve
+    excess = (_dot(residual, residual) - goal**2) / curve
+    room = (-excess).clamp(min=0)
+    # At a goal of 0 the root is 0, and of rounding it would be 1e8 times as much.
+    early = torch.where(goal > 0, (best**2 - excess.clamp(min=0)).clamp(min=0).sqrt(), 0)
+    back = _ratio(room, (best**2 + room).sqrt() - best)
+    return torch.minimum(torch.where(best > 0, best - early, back), ((down - away) / (curve + stiffness)).clamp(min=0))
 
 
 def closer(

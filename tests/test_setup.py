@@ -56,7 +56,7 @@ def test_a_port_that_is_none_is_named(port: str) -> None:
 
 @pytest.fixture
 def serve(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """dev/serve.py, up to where it becomes ComfyUI; what that would be called with is in `started`."""
+    """dev/serve.py, up to where it becomes ComfyUI; what that would be called with is in `started`, and its environment in `environments`."""
     import dev.server
 
     monkeypatch.setitem(sys.modules, "server", dev.server)  # ComfyUI has a module of this name, too
@@ -64,9 +64,14 @@ def serve(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
     serve.started = []
     monkeypatch.setattr(sys, "argv", ["serve.py", "--cpu"])
-    monkeypatch.setattr(serve.os, "execv", lambda _, arguments: serve.started.append(arguments))
+    serve.environments = []
+
+    def started(_: str, arguments: list[str], environment: dict[str, str]) -> None:
+        serve.started.append(arguments)
+        serve.environments.append(environment)
+
+    monkeypatch.setattr(serve.os, "execve", started)
     monkeypatch.setattr(serve.os, "chdir", lambda _: None)
-    monkeypatch.setattr(serve.os, "environ", {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"})
     return serve
 
 
@@ -96,11 +101,11 @@ def test_two_servers_of_a_checkout_have_a_database_each(serve: ModuleType, monke
 def test_idle_threads_of_the_server_sleep_unless_somebody_wants_them_otherwise(
     serve: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     serve.main()
-    assert serve.os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-    serve.os.environ["OMP_WAIT_POLICY"] = "ACTIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     serve.main()
-    assert serve.os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert [environment["OMP_WAIT_POLICY"] for environment in serve.environments] == ["PASSIVE", "ACTIVE"]
 
 
 def test_a_port_that_comes_by_chance_leaves_no_database(serve: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

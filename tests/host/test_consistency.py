@@ -13,7 +13,7 @@ from support.tiny_checkpoints import conditioning
 from torch import Tensor
 
 DOES_NOT_YET = (
-    "does not agree. It can be met: the Finish node (Restore has it in it) or more steps bring it closer. If they do not, check the "
+    "does not agree. It can be met: the Finish node (Restore includes it) or more steps bring it closer. If they do not, check the "
     "operator: a blur that is too wide can be met, too, by a picture that looks wrong"
 )
 Bind = Callable[[tuple[int, int, int]], Any]
