@@ -183,7 +183,7 @@ def plots(there: Rows, precision: str, tasks: list[str], methods: list[str], par
     best = preferred(there, precision)
     shown = [task for task in tasks if any(r["task"] == task for r in best)]
     curves = [m for m in methods if any(parts(r["method"])[0] == m for r in best)]
-    for axis, label in (("calls", "network calls"), ("seconds", "CPU seconds per picture, on several processors")):
+    for axis, label in (("calls", "network calls"), ("seconds", "CPU s a picture, several processors")):
         timed = [r for r in best if r["precision"] == precision or parts(r["method"])[0] == "baseline"]
         rows = best if axis == "calls" else timed
         width = min(5, len(shown))
