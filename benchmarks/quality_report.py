@@ -14,6 +14,19 @@ RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 Rows = list[dict[str, str]]
 Run = tuple[str, str, str, str]
 Parts = Callable[[str], tuple[str, dict[str, Any], int]]  # a method's name in the rows -> its name, options, network calls
+# What the tasks are called in every table and plot.
+NAMES = {
+    "downscale_4": "x4 super-resolution",
+    "downscale_8": "x8 super-resolution",
+    "box": "box",
+    "random_80": "80 % of pixels missing",
+    "free_form": "free-form holes",
+    "gaussian_blur": "Gaussian blur",
+    "motion_blur": "motion blur",
+    "stripes": "stripes",
+    "denoise": "denoising",
+    "grayscale": "black and white",
+}
 COLUMNS = ("psnr", "ssim", "features", "hole_psnr", "residual", "calls", "seconds")
 
 
@@ -67,7 +80,7 @@ def glance(rows: Rows, tasks: list[str], names: list[str]) -> list[str]:
             means = {name: mean_and_error([of[i] for i in common & of.keys()])[0] for name, of in found.items()}
             fewer = {name: f" ({len(common & of.keys())})" for name, of in found.items() if not common <= of.keys()}
             cells = [f"{means[name]:.2f}{fewer.get(name, '')}" if name in found else "-" for name in names]
-            lines.append(f"| {task} | {sigma:g} | {len(common)} | " + " | ".join(cells) + " |")
+            lines.append(f"| {NAMES[task]} | {sigma:g} | {len(common)} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -83,7 +96,7 @@ def ahead(rows: Rows, tasks: list[str], names: list[str], leader: str) -> list[s
                 common = own.keys() & found.get(name, {}).keys()
                 mean, error = mean_and_error([own[i] - found[name][i] for i in common]) if common else (math.nan, math.nan)
                 cells.append(f"{mean:+.2f} +- {error:.2f}" if common else "-")
-            lines.append(f"| {task} | {sigma:g} | " + " | ".join(cells) + " |")
+            lines.append(f"| {NAMES[task]} | {sigma:g} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -113,7 +126,7 @@ def precisions(rows: Rows, others: Rows, tasks: list[str], names: list[str]) -> 
                 everything[name] += differences
                 cells.append(cell(differences))
             if cells != ["-"] * len(cells):
-                lines.append(f"| {task} | {sigma:g} | " + " | ".join(cells) + " |")
+                lines.append(f"| {NAMES[task]} | {sigma:g} | " + " | ".join(cells) + " |")
     return [*lines, "| all | | " + " | ".join(map(cell, everything.values())) + " |"]
 
 
@@ -148,7 +161,7 @@ def table(there: Rows, precision: str, tasks: list[str], methods: list[str], par
     for task in tasks:
         for sigma in sorted({float(r["sigma"]) for r in rows if r["task"] == task}):
             here = [r for r in rows if r["task"] == task and float(r["sigma"]) == sigma]
-            lines += ["", f"## {task}, sigma {sigma:g}", ""]
+            lines += ["", f"## {NAMES[task]}, sigma {sigma:g} (`{task}`)", ""]
             lines += [
                 "| method | calls | n | PSNR dB | SSIM | features | hole PSNR dB | residual | s / picture |",
                 "|---" * 9 + "|",
@@ -219,7 +232,7 @@ def plots(there: Rows, precision: str, tasks: list[str], methods: list[str], par
                 ax.xaxis.set_minor_formatter(ticker.NullFormatter())
                 ax.grid(alpha=0.3)
                 if row == 0:
-                    ax.set_title(f"{task.replace('_', ' ')}, noise {sigma:g}", fontsize=9)
+                    ax.set_title(f"{NAMES[task]}, noise {sigma:g}", fontsize=9)
                 else:
                     ax.set_xlabel(label, fontsize=8)
                 if column == 0:

@@ -1,4 +1,4 @@
-"""The README's scripts, as they stand there."""
+"""The scripts of docs/scripts.md, as they stand there."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from prior.draw import draw
 
 @pytest.fixture
 def scripts(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Those of the README, for this server, in a folder as a checkout is."""
+    """They, for this server, in a folder as a checkout is."""
     (tmp_path / "workflows" / "api").mkdir(parents=True)
     for path in (ROOT / "workflows" / "api").glob("*.json"):
         graph = json.loads(path.read_text())
@@ -25,7 +25,7 @@ def scripts(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
                 node.update(class_type="PosteriorLoadDemoPrior", inputs={})
         (tmp_path / "workflows" / "api" / path.name).write_text(json.dumps(graph))
     monkeypatch.chdir(tmp_path)
-    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "scripts.md").read_text(encoding="utf-8"), re.DOTALL)
     return [script.replace("127.0.0.1:8188", server.address) for script in found]
 
 
