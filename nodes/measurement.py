@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..operators import Identity, Measurement, Product, Scale, Stack, estimate_noise_sigma
+from ..operators import Identity, LinearOperator, Measurement, Product, Scale, Stack, estimate_noise_sigma
 from ..samplers import measured
 from .pictures import beside, shown
 from .types import CATEGORY, LinearOperatorType, MeasurementType, OperatorRecipe, to_image, to_signal
@@ -16,6 +16,7 @@ OUTPUTS = [
 ]
 BLOCK = 8  # pixels; the estimator of noise looks at blocks of this size
 NOISELESS = 1e-4  # on the 0 to 1 scale; a tenth of what 8 bits round away
+STREAM = 0x9E3779B9  # of the random numbers of simulated noise
 VAGUE = 0.005  # an interval that begins below half its end says nothing, unless it ends below this: a clean photo
 
 
@@ -77,6 +78,7 @@ class MeasureSimulate(io.ComfyNode):
     def execute(cls, image: Tensor, operator: OperatorRecipe, noise: dict, seed: int) -> io.NodeOutput:
         x = to_signal("image", image)
         a = operator.on(tuple(x.shape[1:]), "use a smaller image")
+        check_batch(a, "image", x)
         y = a.A(x)
         if noise["noise"] == "Poisson":
             y, sigma = counted(y, measured(a, y), noise["peak"], seed)
@@ -91,9 +93,20 @@ class MeasureSimulate(io.ComfyNode):
         return output(cls, Measurement(y, a, 2 * sigma), text)
 
 
+def check_batch(a: LinearOperator, name: str, pictures: Tensor) -> None:
+    """Refuse an operator that is made for another number of pictures."""
+    if a.batch not in (1, len(pictures)):
+        raise ValueError(
+            f"operator: has masks for {a.batch} pictures, but {name} is a batch of {len(pictures)}; give one mask, or one for each picture"
+        )
+
+
 def of_seed(seed: int, i: int) -> torch.Generator:
-    """The random numbers of image i: a batch gives what its images give one by one with seeds that count up."""
-    return torch.Generator().manual_seed(seed + i)
+    """The random numbers of image i: a batch gives what its images give one by one with seeds that count up.
+
+    Others than those of a sampler with the same seed: it would start from the very noise that is in y.
+    """
+    return torch.Generator().manual_seed((seed + i) ^ STREAM)
 
 
 def counted(y: Tensor, seen: Tensor, peak: float, seed: int) -> tuple[Tensor, float]:
@@ -168,6 +181,7 @@ class MeasurementFromPhoto(io.ComfyNode):
                 f"photo: is {y.shape[3]} x {y.shape[2]}, but {operator.label} gives {a.out_shape[2]} x {a.out_shape[1]} from any "
                 "picture near that size; check the operator's numbers"
             )
+        check_batch(a, "photo", y)
         seen = measured(a, y)
         if noise["noise"] == "estimated":
             sigma, text = estimated(y, seen)
@@ -195,7 +209,7 @@ def estimated(photo: Tensor, seen: Tensor) -> tuple[float, str]:
             f"noise: cannot be estimated, lost pixels are in {spoilt:.0%} of the photo's blocks of {BLOCK} x {BLOCK}; {remedy}"
         )
     try:
-        found = estimate_noise_sigma(photo)
+        found = estimate_noise_sigma(photo, seen.expand_as(photo))
     except ValueError as refusal:
         raise ValueError(f"photo:{str(refusal).removeprefix('image:')}; for that {remedy}") from refusal
     sigma, low, high = (values.double() / 2 for values in (found.sigma, found.low, found.high))

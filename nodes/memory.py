@@ -34,7 +34,7 @@ class MemoryEstimate(io.ComfyNode):
                     default=0,
                     min=0,
                     max=64,
-                    tooltip="Pictures restored at once. 0: as many as the measurement or the latent has.",
+                    tooltip="Pictures restored at once. 0: as many as the measurement or the latent has. Restore takes them one by one: 1.",
                 ),
                 io.Boolean.Input(
                     "guidance",
@@ -67,7 +67,7 @@ class MemoryEstimate(io.ComfyNode):
         latent: dict[str, torch.Tensor] | None = None,
         method: str = "PSLD",
     ) -> io.NodeOutput:
-        shape = cls._latent_shape(model.model.latent_format, vae, measurement, latent)
+        shape = cls._latent_shape(model, vae, measurement, latent)
         shape = (batch or shape[0], *shape[1:])
         try:
             estimate = host.estimate(model.model, vae, shape, passes=2 if guidance else 1, network_gradient=method == "PSLD")
@@ -88,10 +88,15 @@ class MemoryEstimate(io.ComfyNode):
         text = "\n".join(lines)
         return io.NodeOutput(estimate.gigabytes("fastest"), estimate.gigabytes("lowest"), text, ui=shown(cls, text=text))
 
+    @classmethod
+    def fingerprint_inputs(cls, batch: int, guidance: bool, method: str = "PSLD") -> float:
+        return float("nan")  # never the same: how much memory is free changes between runs
+
     @staticmethod
     def _latent_shape(
-        latent_format: object, vae: object, measurement: Measurement | None, latent: dict[str, torch.Tensor] | None
+        model: object, vae: object, measurement: Measurement | None, latent: dict[str, torch.Tensor] | None
     ) -> tuple[int, int, int, int]:
+        latent_format = model.model.latent_format
         channels = latent_format.latent_channels
         if vae is not None:
             host.check_vae(vae, latent_format)
@@ -101,7 +106,7 @@ class MemoryEstimate(io.ComfyNode):
                 if in_shape[0] != channels:
                     raise ValueError("vae: is not connected, and this model does not work on pixels. Connect the model's VAE")
                 return (len(measurement.y), *in_shape)
-            multiple = host.side_multiple(vae)  # sides that are none are widened by Restore
+            multiple = host.side_multiple(vae, model)  # sides that are none are widened by Restore
             return (
                 len(measurement.y),
                 *host.latent_size(vae, (in_shape[0], *(-(-side // multiple) * multiple for side in in_shape[1:]))),

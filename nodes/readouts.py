@@ -120,7 +120,7 @@ class Agreement:
     @property
     def sigmas(self) -> float:
         """The root mean square over the noise; near 1 for the truth, and for every sample of the exact posterior."""
-        return ratio(0.0 if self.rms <= EXACT and self.sigma == 0 else self.rms, self.sigma)
+        return 0.0 if self.sigma == 0 and self.agrees else ratio(self.rms, self.sigma)
 
     @property
     def limit(self) -> float:

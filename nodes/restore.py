@@ -146,7 +146,7 @@ class Restore(io.ComfyNode):
         exact = measurement.to("cpu", torch.float64)
         # A measurement that cannot be met is found out before the sampling, not after.
         finish(fill_unseen(host.stoppable(exact)), exact)
-        window, wide = widened(exact, host.side_multiple(vae))
+        window, wide = widened(exact, host.side_multiple(vae, model))
         filled = to_image(fill_unseen(host.stoppable(wide))).clamp(0, 1)
         on_pixels = host.works_on_pixels(vae)  # past its VAE, which rounds to bfloat16 on most GPUs
         solve, options = SOLVERS[method]
@@ -286,7 +286,8 @@ class Uncertainty(io.ComfyNode):
         deviation = groups.var(1).mean(-1).sqrt()
         share = (deviation / brightest).clamp(0, 1).float()
         mean, picture = groups.mean(1).float(), heat(share)
-        return io.NodeOutput(mean, picture, share, ui=shown(cls, mean, picture))
+        text = f"{len(groups)} photo{'s' * (len(groups) > 1)}, {count} samples of each"
+        return io.NodeOutput(mean, picture, share, ui=shown(cls, mean, picture, text=text))
 
 
 NODES = [Restore, Uncertainty]

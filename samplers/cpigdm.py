@@ -64,7 +64,8 @@ def sample_cpigdm(
         x: (B, c, h, w) at sigmas[0] in the k-state x = x0 + sigma * eps: noise, or `fill_unseen(measurement)` (encoded, for a
             latent model) plus noise.
         sigmas: (steps + 1,), never rising, positive except for a last 0.
-        extra_args: passed to the model; "seed" seeds the noise that eta > 0 adds.
+        extra_args: passed to the model; "seed" seeds the noise that eta > 0 adds; "denoise_mask", broadcastable to x, is 0 where
+            the model holds x0 fixed, as inpainting in ComfyUI does: the guidance then moves nothing there.
         callback: called each step with x, i, sigma, sigma_hat, denoised (detached) and residual, ||A D(x0) - y|| (B,).
         disable: unused; k-diffusion's switch for a progress bar.
         measurement: `Measurement` on the device of x. Its sigma is the noise; 0 meets y exactly, if the last sigma is 0.
@@ -112,11 +113,13 @@ def sample_cpigdm(
         raise ValueError('weight: "dual" goes with jacobian "off", integrator "conjugate" and lam 0 only')
     if plain and lam:
         raise ValueError(f'lam: got {lam} with integrator {integrator!r}; it belongs to "conjugate"')
+    extra_args = extra_args or {}
+    free = extra_args.get("denoise_mask")
     pixels = autoencoder is None
     if tau is None or weight == "paper":
         tau = 0.1**0.5 if pixels else 1.0
     if not pixels:
-        space: Space = Latents(measurement, autoencoder, consistency, inner_steps, last_steps, tau, stop)
+        space: Space = Latents(measurement, autoencoder, consistency, inner_steps, last_steps, tau, stop, free)
     else:
         space = NoisyPixels(measurement) if measurement.sigma > 0 else ExactPixels(measurement)
     if weight == "dual":
@@ -125,7 +128,6 @@ def sample_cpigdm(
         chosen = Paper(w, space.noise) if weight == "paper" else Bayes(tau, space.noise)
         method = Guidance(space, chosen, jacobian, integrator, lam)
     differentiate = jacobian != "off"
-    extra_args = extra_args or {}
     noise = noise_sampler(x, extra_args.get("seed"))
     levels = sigmas.detach().cpu().double()  # numbers that go with tensors of any device
     x = x.detach()
@@ -142,6 +144,8 @@ def sample_cpigdm(
             target, change = method.step(seen, x0, innovation, levels[i], levels[i + 1])
             deviation = spread * float(levels[i] ** -2 + tau**-2) ** -0.5
             x = ddim_step(x, target, sigma, sigma_next, eta, noise, deviation) + change
+            if free is not None and sigma_next == 0:  # at other levels the model does it
+                x = denoised + free * (x - denoised)
     return x
 
 

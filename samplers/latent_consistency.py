@@ -33,6 +33,7 @@ def match_by_decoder(
     goal: Tensor,
     prior: tuple[Tensor, float] | None = None,
     last: bool = False,
+    free: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Move z towards A D(z) = y by conjugate gradients on ||A D(z) - y||^2 / 2, at most until the residual is `goal`.
 
@@ -55,6 +56,7 @@ def match_by_decoder(
         prior: mean, like z, and standard deviation of the truth's latent, before y is seen.
         last: what is returned is the result. Then each step decodes twice, a little ahead and at z: late steps are so short that
             in half precision finite differences reach further, and what is interpolated from there costs 0.3 dB (striped masks).
+        free: 1 where z may move, 0 where it stays, broadcastable to z; between them it moves the more slowly. None: everywhere.
 
     Returns:
         The latents, (B, c, h, w), detached, and ||A D(z) - y|| before the first step, (B,).
@@ -85,6 +87,7 @@ def match_by_decoder(
         if bool(done.all()):
             break
         descent = vjp(seen, point, residual) - damping * (z - mean)
+        descent = descent if free is None else free * descent
         seen = seen.detach()  # its graph goes before the next is built
         # Polak and Ribiere's choice, which starts anew where the decoder's curvature has spoilt the old direction.
         beta = _ratio(_dot(descent, descent - before), _dot(before, before)).clamp(min=0)
@@ -156,10 +159,12 @@ def closer(
     return torch.where(per_image(measurement.residual_norm(image) <= near, z), z, start)
 
 
-def match_by_encoder(z: Tensor, measurement: Any, autoencoder: Autoencoder, steps: int) -> tuple[Tensor, Tensor]:
+def match_by_encoder(
+    z: Tensor, measurement: Any, autoencoder: Autoencoder, steps: int, free: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Move z by E(corrected picture) - E(picture), which cancels what E(D(z)) differs from z; no gradients at all.
 
-    The first four arguments and what it returns are as for `match_by_decoder`.
+    The arguments and what it returns are as for `match_by_decoder`.
     """
     operator, y = measurement.operator, measurement.y
     gamma = (USUAL / max(measurement.sigma, ROUNDING)) ** 2
@@ -167,7 +172,8 @@ def match_by_encoder(z: Tensor, measurement: Any, autoencoder: Autoencoder, step
     for _ in range(steps):
         image = autoencoder.decode(z)
         fit = measurement.residual_norm(image) if fit is None else fit
-        z = z + autoencoder.encode(operator.prox_l2(image, y, gamma)) - autoencoder.encode(image)
+        move = autoencoder.encode(operator.prox_l2(image, y, gamma)) - autoencoder.encode(image)
+        z = z + (move if free is None else free * move)
     return z, fit
 
 

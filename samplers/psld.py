@@ -79,7 +79,8 @@ def sample_psld(
         model: `model(x, sigma, **extra_args)` -> denoised x0, differentiable. sigma: (B,).
         x: (B, c, h, w), noise at sigmas[0] in the k-state x = x0 + sigma * eps.
         sigmas: (steps + 1,), never rising, positive except for a last 0.
-        extra_args: passed to the model; "seed" seeds the noise that eta > 0 adds.
+        extra_args: passed to the model; "seed" seeds the noise that eta > 0 adds; "denoise_mask", broadcastable to x, is 0 where
+            the model holds x0 fixed, as inpainting in ComfyUI does: the guidance then moves nothing there.
         callback: called each step with x, i, sigma, sigma_hat, denoised (detached) and residual, ||A D(z0) - y|| (B,).
         disable: unused; k-diffusion's switch for a progress bar.
         measurement: `Measurement` on the device of x.
@@ -107,7 +108,9 @@ def sample_psld(
     glued = glue if isinstance(gamma, Tensor) or gamma > 0 else None
     extra_args = extra_args or {}
     noise = noise_sampler(x, extra_args.get("seed"))
-    search = LineSearch(measurement, autoencoder, omega, inner_steps, last_steps) if rule == "line_search" else None
+    search = None
+    if rule == "line_search":
+        search = LineSearch(measurement, autoencoder, omega, inner_steps, last_steps, extra_args.get("denoise_mask"))
     x = x.detach()
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         through_network = search is None or bool(sigma_next > 0)
@@ -148,18 +151,24 @@ class LineSearch:
     """The steps of rule = "line_search"; see `sample_psld`."""
 
     def __init__(
-        self, measurement: Any, autoencoder: Autoencoder | None, omega: float, inner_steps: int, last_steps: int
+        self,
+        measurement: Any,
+        autoencoder: Autoencoder | None,
+        omega: float,
+        inner_steps: int,
+        last_steps: int,
+        free: Tensor | None = None,
     ) -> None:
         self.measurement, self.autoencoder = measurement, autoencoder
         self.omega, self.inner_steps, self.last_steps = omega, inner_steps, last_steps
-        self.noise_norm = noise_norm(measurement)
+        self.noise_norm, self.free = noise_norm(measurement), free
 
     def step(self, x: Tensor, z0: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
         """What to add to x after the move to sigma_next, (B, c, h, w), and ||A D(z0) - y||, (B,)."""
         last = not x.requires_grad
         steps = self.last_steps if last else self.inner_steps
         prior = None if self.autoencoder is None else (z0.detach(), spread_of(sigma))
-        target, fit = match_by_decoder(z0, self.measurement, self.autoencoder, steps, self.noise_norm, prior, last)
+        target, fit = match_by_decoder(z0, self.measurement, self.autoencoder, steps, self.noise_norm, prior, last, self.free)
         if last:
             with torch.no_grad():
                 return closer(target, z0, fit, self.measurement, self.autoencoder, self.noise_norm) - z0, fit

@@ -95,6 +95,7 @@ class Latents(Space):
         inner_steps: consistency steps where sigma is at most EARLY tau; above it is one.
         tau: standard deviation of the latents around their mean.
         stop: share of the noise at which steps before the last end, at the latest.
+        free: where latents may move, as for `match_by_decoder`.
     """
 
     def __init__(
@@ -106,9 +107,11 @@ class Latents(Space):
         last_steps: int,
         tau: float,
         stop: float,
+        free: Tensor | None = None,
     ) -> None:
         self.measurement, self.autoencoder, self.consistency = measurement, autoencoder, consistency
         self.inner_steps, self.last_steps, self.tau, self.stop = inner_steps, last_steps, tau, stop
+        self.free = free
         self.noise_norm = noise_norm(measurement)
 
     def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
@@ -116,9 +119,9 @@ class Latents(Space):
         if self.consistency == "decoder":
             near = (prior_mean, spread_of(sigma, self.tau))
             goal = self.noise_norm if last else self.stop * self.noise_norm
-            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, goal, near, last)
+            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, goal, near, last, self.free)
         else:
-            target, fit = match_by_encoder(x0, self.measurement, self.autoencoder, steps)
+            target, fit = match_by_encoder(x0, self.measurement, self.autoencoder, steps, self.free)
         if last:
             target = closer(target, x0, fit, self.measurement, self.autoencoder, self.noise_norm)
         return target - x0, fit

@@ -95,10 +95,17 @@ def latent_size(vae: Any, in_shape: tuple[int, int, int]) -> tuple[int, int, int
     return vae.latent_channels, height // ratio, width // ratio
 
 
-def side_multiple(vae: Any) -> int:
-    """What the sides of a picture must be multiples of, for the VAE, or for the patches of models that work on pixels."""
+def side_multiple(vae: Any, model: Any) -> int:
+    """What the sides of a picture must be multiples of, for the VAE and for the model's patches.
+
+    The host fills a patch that reaches over the edge from the opposite one, whose pixels would show there.
+    """
     check_vae(vae)
-    return PATCH if works_on_pixels(vae) else vae.upscale_ratio
+    if works_on_pixels(vae):
+        return PATCH
+    patch = getattr(model.model.diffusion_model, "patch_size", 1)
+    patch = patch[-1] if isinstance(patch, list | tuple) else patch
+    return vae.upscale_ratio * (patch if isinstance(patch, int) else 1)
 
 
 def check_sizes(x: Tensor, measurement: Any, vae: Any) -> None:

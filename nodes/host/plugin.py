@@ -138,7 +138,10 @@ def run_on_host(
                 sigma = sigmas_k[0].expand(len(start))
                 if network_gradient:
                     precision = lowest_precision(guider.inner_model, codec)
-                    line = guard.check_gradient(lambda v: denoise(v, sigma, **extra_args), start, measurement, codec, precision)
+                    glue = options.get("glue") if options.get("gamma") else None
+                    line = guard.check_gradient(
+                        lambda v: denoise(v, sigma, **extra_args), start, measurement, codec, precision, glue
+                    )
                 else:
                     with torch.no_grad():
                         denoised = denoise(start, sigma, **extra_args)

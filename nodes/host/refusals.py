@@ -100,8 +100,13 @@ def check_attention(network: torch.nn.Module, options: dict[str, Any]) -> None:
         if not callable(kernel):
             continue
         q, k, v = (torch.ones(1, 4, 8, requires_grad=True) for _ in range(3))
-        if not kernel(q, k, v, 1, transformer_options=dict(options)).requires_grad:
+        try:
+            found = kernel(q, k, v, 1, transformer_options=dict(options)).requires_grad
+            why = "has no gradient"
+        except Exception as error:  # a kernel that takes nothing but half precision on a GPU, say
+            found, why = False, f"fails on three small tensors ({error})"
+        if not found:
             raise ValueError(
-                f"model: its attention ({getattr(kernel, '__qualname__', kernel)}, in {home}) has no gradient and cannot be overridden. Remove the "
+                f"model: its attention ({getattr(kernel, '__qualname__', kernel)}, in {home}) {why} and cannot be overridden. Remove the "
                 "node that patched it, or start ComfyUI with --use-pytorch-cross-attention"
             )

@@ -6,7 +6,7 @@ from torch import Tensor
 from ...operators import Blur, disk_kernel, gaussian_kernel, image_kernel, motion_kernel
 from ...operators.base import Shape
 from ..pictures import shown
-from ..types import CATEGORY, OperatorRecipe
+from ..types import CATEGORY, OperatorRecipe, to_signal
 from .sockets import FIRST, RESULT, seed_input
 
 
@@ -118,9 +118,10 @@ class BlurOperator(io.ComfyNode):
         elif kind == "disk":
             taps = disk_kernel(kernel["radius"])
         else:
-            if len(kernel["image"]) != 1:
-                raise ValueError(f"image: got a batch of {len(kernel['image'])}, expected one picture of the blur")
-            taps = image_kernel(kernel["image"][0].movedim(-1, 0))
+            picture = (to_signal("image", kernel["image"]) + 1) / 2
+            if len(picture) != 1:
+                raise ValueError(f"image: got a batch of {len(picture)}, expected one picture of the blur")
+            taps = image_kernel(picture[0])
 
         def bind(full: Shape) -> Blur:
             if taps.shape[0] > full[1] or taps.shape[1] > full[2]:

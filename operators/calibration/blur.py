@@ -175,7 +175,7 @@ def estimate_gaussian_blur(image: Tensor) -> BlurEstimate:
     image = as_images("image", image, one=True)
     if min(image.shape[2:]) < 64:
         raise ValueError(f"image: got {image.shape[2]} x {image.shape[3]}, expected at least 64 x 64")
-    noise = white_noise(image[0])[0] / math.sqrt(image.shape[1])
+    noise = white_noise(image[0], torch.ones_like(image[0], dtype=torch.bool))[0] / math.sqrt(image.shape[1])
     top, left = (max(n - 1536, 0) // 2 for n in image.shape[2:])
     grey = image[..., top : top + 1536, left : left + 1536].mean(1, keepdim=True)  # has edges enough
     for scale in (1.0, 1.5, 2.0):

@@ -25,7 +25,7 @@ class NoiseEstimate:
     high: Tensor
 
 
-def estimate_noise_sigma(image: Tensor) -> NoiseEstimate:
+def estimate_noise_sigma(image: Tensor, seen: Tensor | None = None) -> NoiseEstimate:
     """White-noise level from the flattest 8 x 8 blocks, after Ponomarenko et al. (2007) and Donoho's MAD.
 
     In an orthonormal DCT white noise has the same sigma in every coefficient, independently. So the blocks with the least
@@ -38,38 +38,46 @@ def estimate_noise_sigma(image: Tensor) -> NoiseEstimate:
 
     Args:
         image: (B, C, H, W) in [-1, 1] units, 8-bit photos included; every channel counts the same.
+        seen: of the same shape, 1 where the photo is a measurement: blocks that touch anything else are left out. None: everywhere.
 
     Raises:
         ValueError: fewer than 256 usable blocks (too small, clipped or saturated, or flat fills), a JPEG that has lost its fine
             noise, or not an image.
     """
     image = as_images("image", image)
-    for x in image:
-        if _jpeg_ratio(x) < 0.45:
+    seen = torch.ones_like(image) if seen is None else as_images("seen", seen)
+    if seen.shape != image.shape:
+        raise ValueError(f"seen: got shape {tuple(seen.shape)}, expected that of the image, {tuple(image.shape)}")
+    seen = seen > 0
+    for x, where in zip(image, seen, strict=True):
+        if _jpeg_ratio(x, where) < 0.45:
             raise ValueError(
                 "image: has no fine noise left (JPEG compression, smoothing, or a drawn picture), so that no one sigma describes "
                 "it. Give sigma by hand (0 for a clean picture), or take the photo as it came from the camera"
             )
-    estimates = torch.tensor([white_noise(x) for x in image], dtype=torch.float64)
+    estimates = torch.tensor([white_noise(*pair) for pair in zip(image, seen, strict=True)], dtype=torch.float64)
     return NoiseEstimate(*estimates.to(torch.float32).unbind(1))
 
 
-def white_noise(image: Tensor) -> tuple[float, float, float]:
-    """(sigma, low, high) of one image (C, H, W)."""
+def white_noise(image: Tensor, seen: Tensor) -> tuple[float, float, float]:
+    """(sigma, low, high) of one image (C, H, W), where `seen`, (C, H, W), is True."""
     c, h, w = image.shape
     needed, selected = 256, 128
     step = max(3, math.ceil(math.sqrt(c * h * w / 2e5)))  # odd at first, so that blocks fall across the grid of a JPEG
     if min(h, w) < _BLOCK or c * ((h - _BLOCK) // step + 1) * ((w - _BLOCK) // step + 1) < needed:
         raise ValueError(f"image: got {h} x {w} with {c} channels, too small to tell noise from texture; use at least 64 x 64")
-    blocks = image[:, None].unfold(2, _BLOCK, step).unfold(3, _BLOCK, step).reshape(-1, _BLOCK, _BLOCK)
+    whole = seen.unfold(1, _BLOCK, step).unfold(2, _BLOCK, step).flatten(3).all(3).flatten()
+    blocks = image.unfold(1, _BLOCK, step).unfold(2, _BLOCK, step).reshape(-1, _BLOCK, _BLOCK)[whole]
     total = len(blocks)
+    if total < needed:
+        raise ValueError(f"image: only {total} of its blocks have no lost pixel, {needed} are needed")
     varied = blocks.amax((1, 2)) > blocks.amin((1, 2))
     if int(varied.sum()) < total / 2:
         raise ValueError(
             f"image: {100 * (1 - float(varied.float().mean())):.0f} % of it is exactly constant, so it carries no noise that is"
             " the same everywhere (drawing, strong compression, or none). Give sigma by hand (0 for a clean picture)"
         )
-    clipped = float((image.abs() == 1).double().mean()) > 1e-3
+    clipped = float((image[seen].abs() == 1).double().mean()) > 1e-3
     usable = varied & ~((blocks.abs() >= CLIPPED) & (blocks.abs() <= 1)).any(2).any(1) if clipped else varied
     blocks = blocks[usable]
     dct = _dct_matrix(_BLOCK)
@@ -102,19 +110,25 @@ def white_noise(image: Tensor) -> tuple[float, float, float]:
     return sigma, low, max(sigma, middle) * (1 + 2 * error)
 
 
-def _jpeg_ratio(image: Tensor) -> float:
+def _jpeg_ratio(image: Tensor, seen: Tensor) -> float:
     """Size of the high frequencies in blocks on JPEG's grid over that in blocks half way between: 1 without compression.
+
+    Of blocks without lost pixels; 1 where there are none.
 
     JPEG rounds them to zero on its own grid only; its seams have plenty. Seen: 0.9 to 1.4 with noise of 0.05 on any photo, below
     0.45 where quality 75 to 95 has taken the noise away.
     """
-    grey = image.mean(0)
+    grey, seen = image.mean(0), seen.all(0)
     dct = _dct_matrix(_BLOCK)
     high = torch.arange(_BLOCK)[:, None] + torch.arange(_BLOCK) >= 8
 
     def size(offset: int) -> float:
-        blocks = grey[offset:, offset:].unfold(0, _BLOCK, _BLOCK).unfold(1, _BLOCK, _BLOCK).reshape(-1, _BLOCK, _BLOCK)
-        return float((dct @ blocks @ dct.T)[:, high].abs().median())
+        blocks, whole = (
+            plane[offset:, offset:].unfold(0, _BLOCK, _BLOCK).unfold(1, _BLOCK, _BLOCK).reshape(-1, _BLOCK, _BLOCK)
+            for plane in (grey, seen)
+        )
+        blocks = blocks[whole.flatten(1).all(1)]
+        return float((dct @ blocks @ dct.T)[:, high].abs().median()) if len(blocks) else 0.0
 
     return size(0) / max(size(4), 1e-9) if min(grey.shape) >= 4 * _BLOCK and size(4) > 0 else 1.0
 

@@ -14,10 +14,16 @@ MODERATE = torch.tensor([2.0, 1.0])
 
 
 def check(
-    h: Host, caplog: pytest.LogCaptureFixture, sigmas: Tensor | None = MODERATE, batch: int = 1, guider: Any = None, **run: Any
+    h: Host,
+    caplog: pytest.LogCaptureFixture,
+    sigmas: Tensor | None = MODERATE,
+    batch: int = 1,
+    guider: Any = None,
+    factor: int = 8,
+    **run: Any,
 ) -> str:
     """Sample with the guard on, taking no step; returns what it says in the log."""
-    sampler = h.pack.nodes.host.stock_sampler(stand_still, h.measurement(batch), h.vae, check_gradients=True, **run)
+    sampler = h.pack.nodes.host.stock_sampler(stand_still, h.measurement(batch, factor), h.vae, check_gradients=True, **run)
     h.sample(sampler, guider=guider, sigmas=sigmas, latent=h.latent(batch))
     return caplog.messages[-1]
 
@@ -125,6 +131,28 @@ def test_catches_a_vae_that_is_half_detached(
     monkeypatch.setattr(h.vae.first_stage_model, "decode", lambda z: 0.5 * decode(z) + 0.5 * decode(z).detach())
     with pytest.raises(ValueError, match="check_gradients: autograd's derivative"):
         check(h, caplog)
+
+
+GLUING = {"gamma": 0.1, "glue": "pinv"}
+
+
+@pytest.mark.parametrize("codec", ["kl", "box"])
+def test_passes_with_gluing(codec: str, hosts: Callable[..., Host], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert "gradient check passed" in check(hosts("sd15", vae=codec), caplog, **GLUING)
+
+
+def test_catches_an_encoder_that_is_half_detached(
+    hosts: Callable[..., Host], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes part in gluing, and in nothing else."""
+    caplog.set_level("INFO")
+    h = hosts("sd15", vae="box")
+    encode = h.vae.first_stage_model.encode
+    monkeypatch.setattr(h.vae.first_stage_model, "encode", lambda x: 0.5 * encode(x) + 0.5 * encode(x).detach())
+    assert "gradient check passed" in check(h, caplog)
+    with pytest.raises(ValueError, match=r"check_gradients: autograd's derivative of \|E\(x_glued\) - z\|"):
+        check(h, caplog, factor=16, **GLUING)
 
 
 def test_is_off_unless_asked_for(hosts: Callable[..., Host]) -> None:

@@ -76,6 +76,13 @@ def test_with_noise_a_prior_counts_too(apart: float) -> None:
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
     free, _ = match_by_decoder(z, measurement, decoder, 40, noise_norm(measurement))
     assert float((free - mean).norm()) > 2 * float((out - mean).norm())
+    # Where half of the latent is held the other half ends where it would.
+    half = torch.ones(1, 1, 4, 4, dtype=torch.float64)
+    half[..., :2] = 0
+    z = mean - apart * half * (expected - mean)
+    held, _ = match_by_decoder(z, measurement, decoder, 40, noise_norm(measurement), (mean, spread), free=half)
+    assert torch.equal(held[..., :2], mean[..., :2])
+    torch.testing.assert_close(held[..., 2:], expected[..., 2:], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("apart", [0.2, 1.0, 3.0])
