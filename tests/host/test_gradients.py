@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.host_runs import Host, Probe, directional_derivatives, pull_back
 from support.host_versions import needs, nodes_custom_sampler
-from support.tiny_checkpoints import conditioning, write_controlnet, write_lora
+from support.tiny_checkpoints import conditioning, write_controlnet, write_lora, write_sd3_controlnet
 from torch import Tensor
 
 MODERATE = torch.tensor([2.0, 1.0])
@@ -87,17 +87,27 @@ def test_lora(arch: str, hosts: Callable[..., Host], tmp_path: Path) -> None:
     assert_gradient(Host(host.pack, arch, model, host.vae), moderate(arch))
 
 
-@pytest.mark.parametrize("arch", ["sd15", "sd21v", "sdxl_vega"])
+@every_family
 def test_controlnet(arch: str, hosts: Callable[..., Host], tmp_path: Path) -> None:
     import comfy.controlnet
 
     host = hosts(arch)
     with torch.inference_mode():
-        net = comfy.controlnet.load_controlnet(str(write_controlnet(tmp_path / "control.safetensors", arch)))
+        path = tmp_path / "control.safetensors"
+        net = comfy.controlnet.load_controlnet(
+            str(write_sd3_controlnet(path) if arch == "sd3" else write_controlnet(path, arch))
+        )
         hint = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
-        control = net.copy().set_cond_hint(hint, 1.0, (0.0, 1.0))
+        control = net.copy().set_cond_hint(hint, 1.0, (0.0, 1.0), vae=host.vae)
         conds = [[c, {**d, "control": control, "control_apply_to_uncond": True}] for c, d in conditioning(arch, 1)]
-    assert_gradient(host, guider=host.guider(positive=conds))
+
+    def seen(guider: Any) -> Tensor:
+        probe = Probe(lambda model, x, **_: model(x).detach())
+        host.sample(host.sampler(probe), sigmas=moderate(arch), guider=guider)
+        return probe.seen
+
+    assert float((seen(host.guider(positive=conds)) - seen(host.guider())).abs().max()) > 1e-3  # it takes part
+    assert_gradient(host, moderate(arch), guider=host.guider(positive=conds))
 
 
 def test_t2i_adapter(sd15: Host, tmp_path: Path) -> None:
@@ -198,6 +208,22 @@ def test_attention_that_cannot_be_overridden_is_refused(sd15: Host, monkeypatch:
     cut_off_attention(monkeypatch, overridable=False)
     probe = Probe(lambda model, x, **_: model(x))
     with pytest.raises(ValueError, match=r"attention \(.*cut_off, in comfy.ldm.modules.attention\) has no gradient"):
+        sd15.sample(sd15.sampler(probe))
+    assert probe.seen is None
+
+
+def test_attention_that_cannot_be_tried_is_refused(sd15: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As kernels for a GPU's half precision only."""
+    import comfy.ldm.modules.attention as attention
+
+    def picky(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("expected dtype half")
+
+    monkeypatch.setattr(attention, "optimized_attention", picky)
+    probe = Probe(lambda model, x, **_: model(x))
+    with pytest.raises(
+        ValueError, match=r"model: its attention \(.*picky, in .*\) fails on three small tensors \(expected dtype half\)"
+    ):
         sd15.sample(sd15.sampler(probe))
     assert probe.seen is None
 

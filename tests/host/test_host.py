@@ -221,6 +221,13 @@ def test_video_latent_is_refused(hosts: Callable[..., Host]) -> None:
     refused(hosts("sd15"), r"latent_image: has 5 dimensions \(1, 4, 2, 8, 8\)", latent=torch.zeros(1, 4, 2, 8, 8))
 
 
+@pytest.mark.parametrize(("arch", "multiple"), [("sd15", 8), ("sdxl_vega", 8), ("sd3", 16)])
+def test_sides_fit_the_patches_of_transformers(arch: str, multiple: int, hosts: Callable[..., Host]) -> None:
+    """ComfyUI fills a patch that reaches over the bottom with the top row."""
+    h = hosts(arch)
+    assert h.pack.nodes.host.side_multiple(h.vae, h.model) == multiple
+
+
 def test_vae_refusals(hosts: Callable[..., Host], host: ModuleType, tiny: Callable[..., Path], load: Callable) -> None:
     import comfy.sd
 

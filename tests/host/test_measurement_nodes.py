@@ -136,6 +136,52 @@ def test_a_small_hole_does_not_hinder_the_estimate(nodes: ModuleType, pack: Modu
     assert from_photo(nodes, photo, hole).args[0].sigma / 2 == pytest.approx(0.05, rel=0.15)
 
 
+def test_what_was_painted_over_is_not_taken_for_a_photo_without_noise(nodes: ModuleType, pack: ModuleType) -> None:
+    """A quarter is a smooth gradient now, and marked as lost."""
+    photo = simulate(nodes, textured(160), pack.operators.Identity, gaussian(0.05)).args[1].clone()
+    photo[:, :80, :80] = torch.linspace(0.3, 0.6, 80)[:, None, None]
+    hole = lambda shape: pack.operators.Mask(pack.operators.box_mask(shape, (80, 80), (0, 0)))  # noqa: E731
+    assert from_photo(nodes, photo, hole).args[0].sigma / 2 == pytest.approx(0.05, rel=0.15)
+    assert from_photo(nodes, photo, pack.operators.Identity).args[0].sigma / 2 < 0.01  # unmarked it fools the estimate
+
+
+def test_simulated_noise_is_not_what_a_sampler_with_the_same_seed_starts_from(nodes: ModuleType, pack: ModuleType) -> None:
+    """The start would know the noise in y."""
+    import comfy.sample
+
+    image = torch.full((2, 32, 32, 3), 0.5)
+    for seed in (0, 7):
+        noise = simulate(nodes, image, pack.operators.Identity, gaussian(0.1), seed).args[0].y / 0.2
+        with torch.inference_mode():
+            starts = [comfy.sample.prepare_noise(torch.zeros(1, 3, 32, 32), seed + i) for i in (0, 1)]
+        for one in noise.float():
+            for start in starts:
+                assert abs(float((one * start[0]).mean())) < 4 / one.numel() ** 0.5
+
+
+def test_masks_for_another_number_of_pictures_are_refused(nodes: ModuleType, pack: ModuleType) -> None:
+    three_masks = lambda shape: pack.operators.Mask((torch.arange(3 * 1024).reshape(3, 1, 32, 32) % 5 > 0).double())  # noqa: E731
+    photo = torch.full((2, 32, 32, 3), 0.5)
+    with pytest.raises(ValueError, match="operator: has masks for 3 pictures, but photo is a batch of 2; give one mask"):
+        from_photo(nodes, photo, three_masks, noise="entered", sigma=0.0)
+    with pytest.raises(ValueError, match="operator: has masks for 3 pictures, but image is a batch of 1; give one mask"):
+        simulate(nodes, photo[:1], three_masks, gaussian(0.0))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_picture_of_the_blur_may_be_grey_but_not_transparent(nodes: ModuleType, channels: int) -> None:
+    point = torch.zeros(1, 9, 9, channels)
+    point[:, 4, 4] = 1.0
+    if channels == 4:
+        point[..., 3] = 1.0
+        with pytest.raises(ValueError, match="image: has an alpha channel"):
+            nodes.operators.blur.BlurOperator.execute({"kernel": "image", "image": point}, "reflect")
+    else:
+        recipe = nodes.operators.blur.BlurOperator.execute({"kernel": "image", "image": point}, "reflect").args[0]
+        x = torch.rand(1, 3, 16, 16, dtype=torch.float64)
+        torch.testing.assert_close(recipe.on((3, 16, 16), "").A(x), x)
+
+
 @pytest.mark.parametrize("order", [(0, 1), (2, 0), (0, 1, 2), (2, 2, 1, 0)])
 def test_combined_measurements_come_apart_again(nodes: ModuleType, pack: ModuleType, order: tuple[int, ...]) -> None:
     image = torch.cat([textured(32, seed) for seed in range(2)])

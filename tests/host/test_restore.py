@@ -195,7 +195,10 @@ def test_a_wrong_operator_is_said(demo: Demo) -> None:
 def test_uncertainty_is_the_standard_deviation_and_counts_its_samples(demo: Demo) -> None:
     samples = 0.5 + 0.05 * torch.randn(200, 6, 5, 3, generator=torch.Generator().manual_seed(0))
     run = demo.nodes.restore.Uncertainty.execute
-    mean, heat, deviation = run(samples, 0, 0.2).args
+    out = run(samples, 0, 0.2)
+    mean, heat, deviation = out.args
+    assert out.ui["text"] == ("1 photo, 200 samples of each",)
+    assert run(samples, 50).ui["text"] == ("4 photos, 50 samples of each",)
     torch.testing.assert_close(mean[0], samples.mean(0))
     assert abs(float(deviation.mean()) - 0.25) < 0.01  # 0.05 of 0.2
     assert heat.shape == (1, 6, 5, 3)

@@ -38,6 +38,22 @@ def test_estimate_node(server: Server) -> None:
     assert other["fastest"] < many["fastest"]  # no gradient through the network, nor through the encoder
 
 
+def test_estimate_is_made_anew_each_time(server: Server) -> None:
+    """What is free changes where no input does."""
+    prompt = shipped("inpaint_box")
+    loader = titled(prompt, "Load Demo Prior")
+    measured = [titled(prompt, "Measure (simulate)"), 0]
+    given = {"model": [loader, 0], "vae": [loader, 2], "measurement": measured, "batch": 1, "guidance": False}
+    add(prompt, "Estimate", "PosteriorMemoryEstimate", **given)
+    prompt = keep(prompt, "Estimate")
+    cached: list[str] = []
+    for _ in range(2):
+        cached.clear()
+        server.run(prompt, lambda m: cached.extend(m["data"]["nodes"]) if m["type"] == "execution_cached" else None)
+    assert loader in cached
+    assert titled(prompt, "Estimate") not in cached
+
+
 def test_estimate_needs_a_size(server: Server) -> None:
     with pytest.raises(PromptFailed, match=r"PosteriorMemoryEstimate.*measurement: is not connected, and neither is latent"):
         estimate(server, measurement=None)

@@ -139,6 +139,23 @@ def write_controlnet(
     return weights.save(path, dtype)
 
 
+def write_sd3_controlnet(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a ControlNet for the SD3, of one block, under the names of diffusers, as they are published."""
+    import comfy.utils
+
+    own, weights, width = Weights(seed), Weights(seed + 1), 64 * MMDIT_DEPTH
+    _mmdit(own, SPECS["sd3"])
+    for theirs, ours in comfy.utils.mmdit_to_diffusers({"depth": MMDIT_DEPTH, "num_blocks": 1}).items():
+        key, part = (ours, None) if isinstance(ours, str) else ours[:2]
+        if (found := own.get(f"{UNET}{key}")) is not None and not theirs.startswith(
+            ("norm_out", "proj_out", "transformer_blocks.1.")
+        ):
+            weights[theirs] = (found if part is None else found.narrow(*part)).clone()
+    weights.conv("pos_embed_input.proj", width, SPECS["sd3"].latent_channels, size=2)
+    weights.linear("controlnet_blocks.0", width, width)
+    return weights.save(path, dtype)
+
+
 def conditioning(arch: Arch, seed: int = 0, tokens: int = 77) -> list[list]:
     """A random CONDITIONING, in place of an encoded prompt."""
     spec = SPECS[arch]
