@@ -50,12 +50,12 @@ def preferred(rows: Rows, precision: str) -> Rows:
     return list(best.values())
 
 
-def psnrs(rows: Rows, task: str, sigma: float) -> dict[str, dict[str, float]]:
-    """dB by method and picture."""
+def by_picture(rows: Rows, task: str, sigma: float, column: str = "psnr") -> dict[str, dict[str, float]]:
+    """Of one column, by method and picture."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["task"] == task and float(row["sigma"]) == sigma:
-            found.setdefault(row["method"], {})[row["picture"]] = float(row["psnr"])
+            found.setdefault(row["method"], {})[row["picture"]] = float(row[column])
     return found
 
 
@@ -74,7 +74,7 @@ def glance(rows: Rows, tasks: list[str], names: list[str]) -> list[str]:
     lines = ["| task | sigma | n | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
     for task in tasks:
         for sigma in sorted({float(r["sigma"]) for r in rows if r["task"] == task}):
-            found = psnrs(rows, task, sigma)
+            found = by_picture(rows, task, sigma)
             most = max(map(len, found.values()))
             common = set.intersection(*(set(of) for of in found.values() if 2 * len(of) >= most))
             means = {name: mean_and_error([of[i] for i in common & of.keys()])[0] for name, of in found.items()}
@@ -90,7 +90,7 @@ def ahead(rows: Rows, tasks: list[str], names: list[str], leader: str) -> list[s
     lines = ["| task | sigma | " + " | ".join(others) + " |", "|---" * (2 + len(others)) + "|"]
     for task in tasks:
         for sigma in sorted({float(r["sigma"]) for r in rows if r["task"] == task}):
-            found = psnrs(rows, task, sigma)
+            found = by_picture(rows, task, sigma)
             own, cells = found.get(leader, {}), []
             for name in others:
                 common = own.keys() & found.get(name, {}).keys()
@@ -118,7 +118,7 @@ def precisions(rows: Rows, others: Rows, tasks: list[str], names: list[str]) -> 
 
     for task in tasks:
         for sigma in sorted({float(r["sigma"]) for r in others if r["task"] == task}):
-            found, reference = psnrs(rows, task, sigma), psnrs(others, task, sigma)
+            found, reference = by_picture(rows, task, sigma), by_picture(others, task, sigma)
             cells = []
             for name in names:
                 own, other = found.get(name, {}), reference.get(name, {})

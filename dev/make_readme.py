@@ -6,13 +6,14 @@ the rows in benchmarks/results/quality.csv of the shipped weights, which `benchm
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks.quality_methods import DENOISE_SIGMA, weights_id  # noqa: E402
-from benchmarks.quality_report import NAMES, RESULTS, mean_and_error, preferred, psnrs, read  # noqa: E402
+from benchmarks.quality_report import NAMES, RESULTS, by_picture, mean_and_error, preferred, read  # noqa: E402
 
 ROWS = RESULTS / "quality.csv"
 SIGMA, PRECISION = 0.02, "bfloat16"
@@ -30,34 +31,65 @@ METHODS = {
     "cpigdm_10": "C-PiGDM 10",
     "cpigdm_20": "C-PiGDM 20",
 }
+# Of which SSIM and residual are shown, too.
+ALSO = (
+    "baseline_0",
+    "latent_dps_100",
+    "psld_paper_100",
+    "psld_paper_250",
+    "psld_paper_1000",
+    "psld_line_search_20",
+    "cpigdm_10",
+)
 
 
 def quality() -> str:
-    """PSNR by task and method, over the pictures that all of them have; methods not measured on every task are left out."""
+    """Tables by task and method, over the pictures that all of them have; methods not measured on every task are left out."""
     weights = weights_id(pixels=False)
     rows = [row for row in read(ROWS) if row["weights"] == weights and row["split"] == "validate"]
     rows = preferred(rows, PRECISION)
-    found = {task: psnrs(rows, task, DENOISE_SIGMA if task == "denoise" else SIGMA) for task in NAMES}
-    methods = [method for method in METHODS if all(method in of for of in found.values())]
+
+    def found(column: str) -> dict[str, dict[str, dict[str, float]]]:
+        return {task: by_picture(rows, task, DENOISE_SIGMA if task == "denoise" else SIGMA, column) for task in NAMES}
+
+    psnr = found("psnr")
+    methods = [method for method in METHODS if all(method in of for of in psnr.values())]
     if missing := [METHODS[method] for method in METHODS if method not in methods]:
         print(f"not measured on every task with these weights, left out: {', '.join(missing)}", file=sys.stderr)
-    common = set.intersection(*(set(of[method]) for of in found.values() for method in methods)) if methods else set()
+    common = set.intersection(*(set(of[method]) for of in psnr.values() for method in methods)) if methods else set()
     if len(common) < 2:
         sys.exit(f"{ROWS} has no two pictures that a method was measured on with every task; run benchmarks/quality.py")
-    cells = {
-        task: [mean_and_error([of[method][i] for i in sorted(common)]) for method in methods] for task, of in found.items()
-    }
-    errors = sorted(error for row in cells.values() for _, error in row)
-    lines = [
-        f"PSNR in dB on the demo prior, by number of network calls: means over {len(common)} held-out portraits, noise .02, in",
-        f"denoising .2. Standard errors are {errors[0]:.1f} to {errors[-1]:.1f}, half of them below {errors[len(errors) // 2]:.1f}, much of it shared between methods, as the pictures are the same.",
-        "",
-        "| task | " + " | ".join(METHODS[method] for method in methods) + " |",
-        "|---" * (1 + len(methods)) + "|",
+
+    def means(of: dict[str, float]) -> tuple[float, float]:
+        return mean_and_error([of[i] for i in sorted(common)])
+
+    errors = sorted(means(of[method])[1] for of in psnr.values() for method in methods)
+    ssim, residual = found("ssim"), found("residual")
+    both = [method for method in methods if method in ALSO]
+    return "\n".join(
+        [
+            f"PSNR in dB on the demo prior, by number of network calls: means over {len(common)} held-out portraits, noise .02, in",
+            f"denoising .2. Standard errors are {errors[0]:.1f} to {errors[-1]:.1f}, half of them below {errors[len(errors) // 2]:.1f}, "
+            "much of it shared between methods, as the pictures are the same.",
+            "",
+            *table(methods, lambda task, method: f"{means(psnr[task][method])[0]:.1f}"),
+            "",
+            "SSIM on the same portraits, and |A x - y| in units of the noise before Finish: 1 is right.",
+            "",
+            *table(
+                both,
+                lambda task, method: f"{means(ssim[task][method])[0]:.2f}, {means(residual[task][method])[0]:.2g}",
+            ),
+        ]
+    )
+
+
+def table(methods: list[str], cell: Callable[[str, str], str]) -> list[str]:
+    """A line for each task, a column for each method; cell: of a task and a method."""
+    lines = ["| task | " + " | ".join(METHODS[method] for method in methods) + " |", "|---" * (1 + len(methods)) + "|"]
+    return lines + [
+        f"| {name} | " + " | ".join(cell(task, method) for method in methods) + " |" for task, name in NAMES.items()
     ]
-    for task, name in NAMES.items():
-        lines.append(f"| {name} | " + " | ".join(f"{mean:.1f}" for mean, _ in cells[task]) + " |")
-    return "\n".join(lines)
 
 
 def replaced(text: str, mark: str, block: str) -> str:
