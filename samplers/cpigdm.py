@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from .checks import check_choices, check_common
+from .held import Reachable
+from .latent_consistency import match_by_decoder
+from .pixels import noise_norm
 from .spaces import ExactPixels, Latents, NoisyPixels, Space, Spectral
 from .steps import Autoencoder, ddim_step, noise_sampler, per_image, vjp
 from .weights import Bayes, Paper, Weight, over_compensated, psi, pull
@@ -121,7 +124,7 @@ def sample_cpigdm(
     if not pixels:
         space: Space = Latents(measurement, autoencoder, consistency, inner_steps, last_steps, tau, stop, free)
     else:
-        space = NoisyPixels(measurement) if measurement.sigma > 0 else ExactPixels(measurement)
+        space = (NoisyPixels if measurement.sigma > 0 else ExactPixels)(measurement, free)
     if weight == "dual":
         method: Dual | Guidance = Dual(space, tau, reach)
     else:
@@ -144,9 +147,15 @@ def sample_cpigdm(
             target, change = method.step(seen, x0, innovation, levels[i], levels[i + 1])
             deviation = spread * float(levels[i] ** -2 + tau**-2) ** -0.5
             x = ddim_step(x, target, sigma, sigma_next, eta, noise, deviation) + change
-            if free is not None and sigma_next == 0:  # at other levels the model does it
-                x = denoised + free * (x - denoised)
+            if free is not None and sigma_next == 0 and pixels:
+                x = denoised + free * (_nearest_of_the_free(denoised, measurement, free > 0, last_steps) - denoised)
     return x
+
+
+def _nearest_of_the_free(x0: Tensor, measurement: Any, free: Tensor, steps: int) -> Tensor:
+    """x0 moved where it is free until it meets what of y can be met there, as far as the noise allows: no closed form does that."""
+    part = Reachable(measurement, free)
+    return match_by_decoder(x0, part, None, steps, noise_norm(part), last=True, free=free)[0]
 
 
 class Dual:

@@ -56,7 +56,7 @@ def match_by_decoder(
         prior: mean, like z, and standard deviation of the truth's latent, before y is seen.
         last: what is returned is the result. Then each step decodes twice, a little ahead and at z: late steps are so short that
             in half precision finite differences reach further, and what is interpolated from there costs 0.3 dB (striped masks).
-        free: 1 where z may move, 0 where it stays, broadcastable to z; between them it moves the more slowly. None: everywhere.
+        free: (1 or B, c, h, w), True where z may move; `measurement` should then be a `Reachable`. None: everywhere.
 
     Returns:
         The latents, (B, c, h, w), detached, and ||A D(z) - y|| before the first step, (B,).
@@ -71,6 +71,7 @@ def match_by_decoder(
     z = z.detach()
     mean, spread = (z, float("inf")) if prior is None else (prior[0].detach(), prior[1])
     damping = (measurement.sigma / spread) ** 2
+    entries = z[0].numel() if free is None else free.expand_as(z).flatten(1).sum(1).clamp(min=1)  # that move
     # No step is longer than four times z itself, or unit variance: the line search knows no bound where the decoder hardly reacts,
     # as one does that a network gone astray has saturated.
     longest = 4 * z.flatten(1).norm(dim=1).clamp(min=z[0].numel() ** 0.5)
@@ -94,7 +95,7 @@ def match_by_decoder(
         direction = descent + per_image(beta, z) * direction
         before = descent
         size = _dot(direction, direction).sqrt().clamp(min=1e-30)
-        least = move * z[0].numel() ** 0.5 / size
+        least = move * entries**0.5 / size
         ahead = torch.maximum(torch.minimum(length, moved / size), least)
         doubtful = (near | (stuck & ~exact)) & ~done  # decoded where it is, before it counts
         stays = done | doubtful
@@ -159,12 +160,10 @@ def closer(
     return torch.where(per_image(measurement.residual_norm(image) <= near, z), z, start)
 
 
-def match_by_encoder(
-    z: Tensor, measurement: Any, autoencoder: Autoencoder, steps: int, free: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def match_by_encoder(z: Tensor, measurement: Any, autoencoder: Autoencoder, steps: int) -> tuple[Tensor, Tensor]:
     """Move z by E(corrected picture) - E(picture), which cancels what E(D(z)) differs from z; no gradients at all.
 
-    The arguments and what it returns are as for `match_by_decoder`.
+    The first four arguments and what it returns are as for `match_by_decoder`.
     """
     operator, y = measurement.operator, measurement.y
     gamma = (USUAL / max(measurement.sigma, ROUNDING)) ** 2
@@ -172,8 +171,7 @@ def match_by_encoder(
     for _ in range(steps):
         image = autoencoder.decode(z)
         fit = measurement.residual_norm(image) if fit is None else fit
-        move = autoencoder.encode(operator.prox_l2(image, y, gamma)) - autoencoder.encode(image)
-        z = z + (move if free is None else free * move)
+        z = z + autoencoder.encode(operator.prox_l2(image, y, gamma)) - autoencoder.encode(image)
     return z, fit
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .held import Reachable
 from .latent_consistency import closer, match_by_decoder, match_by_encoder, spread_of
 from .pixels import noise_norm
 from .steps import Autoencoder
@@ -24,9 +25,11 @@ class Space:
     Attributes:
         noise: standard deviation of the innovation's noise.
         top: the largest eigenvalue.
+        free: how much of a move the state takes, 0 where it is held, broadcastable to it. None: all of it.
     """
 
     noise, top = 0.0, 1.0
+    free: Tensor | None = None
 
     def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         """What the measurement says of x0, and ||A x0 - y||, (B,).
@@ -42,18 +45,21 @@ class Space:
         return _at(h, 1.0, v) * v
 
     def adjoint(self, v: Tensor) -> Tensor:
-        return v
+        return self.freed(v)
 
     def full(self, innovation: Tensor) -> Tensor:
         """The change of x0 that meets y."""
-        return innovation
+        return self.freed(innovation)
+
+    def freed(self, move: Tensor) -> Tensor:
+        return move if self.free is None else self.free * move
 
 
 class NoisyPixels(Space):
     """Pixel space with noise: everything depends on the eigenvalues of A A^T."""
 
-    def __init__(self, measurement: Any) -> None:
-        self.operator, self.y, self.noise = measurement.operator, measurement.y, measurement.sigma
+    def __init__(self, measurement: Any, free: Tensor | None = None) -> None:
+        self.operator, self.y, self.noise, self.free = measurement.operator, measurement.y, measurement.sigma, free
         self.top = self.operator.norm() ** 2
 
     def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
@@ -64,10 +70,10 @@ class NoisyPixels(Space):
         return self.operator.gram(v, _wide(h))
 
     def adjoint(self, v: Tensor) -> Tensor:
-        return self.operator.A_adjoint(v)
+        return self.freed(self.operator.A_adjoint(v))
 
     def full(self, innovation: Tensor) -> Tensor:
-        return self.operator.A_dagger(innovation)
+        return self.freed(self.operator.A_dagger(innovation))
 
     def apply(self, x: Tensor, f: Spectral) -> Tensor:
         return self.operator.spectral(x, _wide(f))
@@ -76,8 +82,8 @@ class NoisyPixels(Space):
 class ExactPixels(Space):
     """Pixel space without noise: the innovation is A^+ (y - A x0)."""
 
-    def __init__(self, measurement: Any) -> None:
-        self.operator, self.y = measurement.operator, measurement.y
+    def __init__(self, measurement: Any, free: Tensor | None = None) -> None:
+        self.operator, self.y, self.free = measurement.operator, measurement.y, free
 
     def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         residual = self.y - self.operator.A(x0)
@@ -95,7 +101,7 @@ class Latents(Space):
         inner_steps: consistency steps where sigma is at most EARLY tau; above it is one.
         tau: standard deviation of the latents around their mean.
         stop: share of the noise at which steps before the last end, at the latest.
-        free: where latents may move, as for `match_by_decoder`.
+        free: how much of a move latents take, 0 where they are held, broadcastable to them. None: all of it.
     """
 
     def __init__(
@@ -109,6 +115,9 @@ class Latents(Space):
         stop: float,
         free: Tensor | None = None,
     ) -> None:
+        self.moves = None if free is None else free > 0
+        if self.moves is not None and consistency == "decoder":
+            measurement = Reachable(measurement, self.moves)
         self.measurement, self.autoencoder, self.consistency = measurement, autoencoder, consistency
         self.inner_steps, self.last_steps, self.tau, self.stop = inner_steps, last_steps, tau, stop
         self.free = free
@@ -119,12 +128,19 @@ class Latents(Space):
         if self.consistency == "decoder":
             near = (prior_mean, spread_of(sigma, self.tau))
             goal = self.noise_norm if last else self.stop * self.noise_norm
-            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, goal, near, last, self.free)
+            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, goal, near, last, free=self.moves)
         else:
-            target, fit = match_by_encoder(x0, self.measurement, self.autoencoder, steps, self.free)
+            target, fit = match_by_encoder(x0, self.measurement, self.autoencoder, steps)
         if last:
-            target = closer(target, x0, fit, self.measurement, self.autoencoder, self.noise_norm)
-        return target - x0, fit
+            target = closer(x0 + self.freed(target - x0), x0, fit, self.measurement, self.autoencoder, self.noise_norm)
+            return target - x0, fit
+        return self.freed(target - x0), fit
+
+    def adjoint(self, v: Tensor) -> Tensor:
+        return v  # the innovation is free of what is held
+
+    def full(self, innovation: Tensor) -> Tensor:
+        return innovation
 
     def apply(self, x: Tensor, f: Spectral) -> Tensor:
         return _at(f, 1.0, x) * x

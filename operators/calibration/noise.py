@@ -128,9 +128,12 @@ def _jpeg_ratio(image: Tensor, seen: Tensor) -> float:
             for plane in (grey, seen)
         )
         blocks = blocks[whole.flatten(1).all(1)]
-        return float((dct @ blocks @ dct.T)[:, high].abs().median()) if len(blocks) else 0.0
+        return float((dct @ blocks @ dct.T)[:, high].abs().median()) if len(blocks) else math.nan
 
-    return size(0) / max(size(4), 1e-9) if min(grey.shape) >= 4 * _BLOCK and size(4) > 0 else 1.0
+    if min(grey.shape) < 4 * _BLOCK:
+        return 1.0
+    on, between = size(0), size(4)
+    return on / max(between, 1e-9) if between > 0 and on >= 0 else 1.0  # not a number is neither
 
 
 def _dct_matrix(n: int) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.host_runs import Host
+from torch import Tensor
 
 RULES = {
     "paper": ("sample_psld", {"gamma": 0.1}),
@@ -30,25 +31,45 @@ def test_what_a_mask_protects_stays(arch: str, rule: str, hosts: Callable[..., H
     assert float((plain - latent)[..., :4].abs().max()) > 0.1
 
 
+class HeldLeft:
+    """A Gaussian prior on pixels, whose model holds x0 left of column `edge` as ComfyUI's does."""
+
+    def __init__(self, held: Tensor, edge: int) -> None:
+        self.held, self.mask = held, torch.ones(1, 1, *held.shape[2:])
+        self.mask[..., :edge] = 0
+
+    def __call__(self, x: Tensor, sigma: Tensor, denoise_mask: Tensor) -> Tensor:
+        return denoise_mask * x / (1 + sigma[:, None, None, None] ** 2) + (1 - denoise_mask) * self.held
+
+    def sample(self, pack: Any, solve: str, operator: Any, y: Tensor, sigma: float) -> Tensor:
+        options = {"rule": "line_search", "gamma": 0.0} if solve == "sample_psld" else {}
+        x = 10 * torch.randn(self.held.shape, generator=torch.Generator().manual_seed(4))
+        sigmas, extra = torch.tensor([10.0, 3.0, 1.0, 0.3, 0.0]), {"denoise_mask": self.mask}
+        measurement = pack.operators.Measurement(y, operator, sigma)
+        return getattr(pack.samplers, solve)(self, x, sigmas, extra, measurement=measurement, **options)
+
+
+def noise(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.mark.parametrize("solve", ["sample_psld", "sample_cpigdm"])
-@pytest.mark.parametrize("sigma", [0.0, 0.1])
-def test_on_pixels(solve: str, sigma: float, pack: Any) -> None:
-    """A Gaussian prior, whose model holds x0 in the left half as ComfyUI's does."""
+@pytest.mark.parametrize("edge", [8, 6, 7])
+def test_blocks_on_the_edge_are_met_by_their_free_pixels(solve: str, edge: int, pack: Any) -> None:
+    held = 0.3 * noise(1, 3, 16, 16, seed=3)
     operator = pack.operators.AreaDownscale((3, 16, 16), 4)
-    y = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(2)) - 0.5
-    held = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    mask = torch.ones(1, 1, 16, 16)
-    mask[..., :8] = 0
+    y = 0.3 * noise(1, 3, 4, 4, seed=2)
+    result = HeldLeft(held, edge).sample(pack, solve, operator, y, 0.0)
+    assert torch.equal(result[..., :edge], held[..., :edge])
+    assert float((operator.A(result) - y)[..., -(-edge // 4) - (edge % 4 > 0) :].abs().max()) < 1e-4
 
-    def model(x: torch.Tensor, sigma: torch.Tensor, denoise_mask: torch.Tensor) -> torch.Tensor:
-        return denoise_mask * x / (1 + sigma[:, None, None, None] ** 2) + (1 - denoise_mask) * held
 
-    options = {"rule": "line_search", "gamma": 0.0} if solve == "sample_psld" else {}
-    x = 10 * torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(4))
-    measurement = pack.operators.Measurement(y, operator, sigma)
-    sigmas = torch.tensor([10.0, 3.0, 1.0, 0.3, 0.0])
-    extra = {"denoise_mask": mask}
-    result = getattr(pack.samplers, solve)(model, x, sigmas, extra, measurement=measurement, **options)
-    assert torch.equal(result[..., :8], held[..., :8])
-    residual = (operator.A(result) - y)[..., 2:]
-    assert float(residual.square().mean().sqrt()) < max(2 * sigma, 1e-3)  # the free half agrees
+@pytest.mark.parametrize("solve", ["sample_psld", "sample_cpigdm"])
+@pytest.mark.parametrize("apart", [0.0, 1.0, 10.0])
+def test_what_is_held_does_not_decide_how_near_the_rest_comes(solve: str, apart: float, pack: Any) -> None:
+    """The held half may be the photo itself, or far from it."""
+    sigma, operator = 0.3, pack.operators.Identity((3, 32, 32))
+    y = noise(1, 3, 32, 32, seed=5)
+    result = HeldLeft(y + apart * noise(1, 3, 32, 32, seed=6), 16).sample(pack, solve, operator, y, sigma)
+    rms = float((result - y)[..., 16:].square().mean().sqrt())
+    assert 0.9 * sigma < rms < 1.1 * sigma

@@ -85,9 +85,9 @@ def test_steps_through_the_decoder_stay_near_what_the_network_says_without_the_t
     seen, tau = [], 0.5
     model = gaussian(torch.zeros(1, 1, 4, 4, dtype=F64), tau**2)
 
-    def spy(z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def spy(z: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
         seen.append((z, *arguments[-2]))
-        return match_by_decoder(z, *arguments)
+        return match_by_decoder(z, *arguments, **named)
 
     monkeypatch.setattr("samplers.spaces.match_by_decoder", spy)
     states: list[dict[str, Any]] = []
@@ -105,10 +105,12 @@ def test_steps_through_the_decoder_stay_near_what_the_network_says_without_the_t
 def test_one_consistency_step_while_x_is_mostly_noise(tau: float, monkeypatch: pytest.MonkeyPatch) -> None:
     counts, goals = [], []
 
-    def spy(z: Tensor, measurement: Any, autoencoder: Any, steps: int, goal: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    def spy(
+        z: Tensor, measurement: Any, autoencoder: Any, steps: int, goal: Tensor, *others: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
         counts.append(steps)
         goals.append(goal / (0.1 * 16**0.5))  # over the noise
-        return match_by_decoder(z, measurement, autoencoder, steps, goal, *others)
+        return match_by_decoder(z, measurement, autoencoder, steps, goal, *others, **named)
 
     monkeypatch.setattr("samplers.spaces.match_by_decoder", spy)
     latent_run(Toy(False), 0.1, tau=tau, inner_steps=3, last_steps=7, stop=0.8)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from operators import AreaDownscale, Identity, Measurement
 from operators.base import LinearOperator
-from samplers.latent_consistency import _ratio, closer, match_by_decoder, spread_of
+from samplers.held import Reachable
+from samplers.latent_consistency import LOOK_AHEAD, _ratio, closer, match_by_decoder, spread_of
 from samplers.pixels import noise_norm
 
 
@@ -77,9 +78,9 @@ def test_with_noise_a_prior_counts_too(apart: float) -> None:
     free, _ = match_by_decoder(z, measurement, decoder, 40, noise_norm(measurement))
     assert float((free - mean).norm()) > 2 * float((out - mean).norm())
     # Where half of the latent is held the other half ends where it would.
-    half = torch.ones(1, 1, 4, 4, dtype=torch.float64)
-    half[..., :2] = 0
-    z = mean - apart * half * (expected - mean)
+    half = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    half[..., :2] = False
+    z = mean - apart * half.double() * (expected - mean)
     held, _ = match_by_decoder(z, measurement, decoder, 40, noise_norm(measurement), (mean, spread), free=half)
     assert torch.equal(held[..., :2], mean[..., :2])
     torch.testing.assert_close(held[..., 2:], expected[..., 2:], rtol=0, atol=1e-4)
@@ -208,3 +209,35 @@ def test_each_image_ends_on_its_goal_whatever_the_others_do(off: float, seed: in
     for i in range(4):
         alone = Measurement(measurement.y[i : i + 1], measurement.operator)
         torch.testing.assert_close(match_by_decoder(start[i : i + 1], alone, decoder, 60, goal[i : i + 1])[0], z[i : i + 1])
+
+
+def test_a_look_ahead_in_a_small_hole_is_no_longer() -> None:
+    """It is measured where the latent may move, or a decoder would be looked at far from where it is."""
+    seen: list[Tensor] = []
+
+    class Watched(Nearest):
+        def decode(self, z: Tensor) -> Tensor:
+            seen.append(z.detach())
+            return super().decode(z)
+
+    g = torch.Generator().manual_seed(0)
+    z, y = torch.randn(1, 4, 16, 16, generator=g), torch.randn(1, 3, 128, 128, generator=g)
+    hole = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    hole[..., 3:5, 6:8] = True
+    measurement = Reachable(Measurement(y, Identity((3, 128, 128)), 0.1), hole)
+    match_by_decoder(z, measurement, Watched(), 2, noise_norm(measurement), free=hole)
+    first = (seen[1] - seen[0])[:, :, 3:5, 6:8]
+    assert float(first.square().mean().sqrt()) == pytest.approx(LOOK_AHEAD, rel=1e-4)
+
+
+def test_only_what_the_free_part_reaches_counts() -> None:
+    free = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    free[..., 1:3, 1:3] = True
+    part = Reachable(Measurement(torch.ones(2, 3, 32, 32), Identity((3, 32, 32)), 0.5), free)
+    expected = torch.zeros(2, 3, 32, 32)
+    expected[..., 8:24, 8:24] = 1
+    assert torch.equal(part.y, expected)
+    assert torch.equal(part.A(torch.full((2, 3, 32, 32), 3.0)), 3 * expected)
+    torch.testing.assert_close(noise_norm(part), torch.full((2,), 0.5 * (3 * 256) ** 0.5))
+    blocks = Reachable(Measurement(torch.ones(1, 3, 2, 2), AreaDownscale((3, 32, 32), 16)), free)
+    assert torch.equal(blocks.rows, torch.ones(1, 3, 2, 2))  # each has a quarter of it
