@@ -3,8 +3,8 @@
     python benchmarks/quality.py [--pictures 64] [--tasks box,downscale_8] [--methods cpigdm_10,psld_line_search:omega=0.5_20]
         [--sigmas 0.02] [--split tune] [--precision float32] [--pixels]
 
-Runs the slim networks without ComfyUI, 32 pictures at a time on one thread, and in bfloat16 unless asked otherwise: on a processor that
-multiplies matrices of it that takes a third of the time of float32. With --pixels the sibling on 32 x 32 pixels, in float32, and the
+Runs the slim networks without ComfyUI, 32 pictures at a time on one thread, and in bfloat16 unless asked otherwise: on processors with AMX
+or Zen 5 that takes a third to a half of float32's time, on others up to 18 times of it: time ten calls of both first. With --pixels the sibling on 32 x 32 pixels, in float32, and the
 methods that were published for pixels. Each picture is one row of results/quality.csv (tuning.csv, pixels.csv), and rows that are there are not
 computed again: stop it and go on whenever you like, in two processes with different --tasks if you have the cores. `--report` only
 writes the table and the plots from the rows; plots need Matplotlib (`pip install -r benchmarks/requirements.txt`).

@@ -190,16 +190,19 @@ def latent_method(solve: Method, by_midpoints: bool = False, **options: Any) -> 
         seed: int,
         midpoints: bool = by_midpoints,
         several: bool = False,
+        denoise: float = 1.0,
         **others: Any,
     ) -> Tensor:
         """midpoints: as the Restore node runs it, the noise added to the filled photo; otherwise from noise alone, as the papers do.
 
         several: from the highest level, as Restore draws several samples of one photo.
+        denoise: below 1, without midpoints, the last of evenly spaced levels, from the filled photo: stock nodes with a Start Latent.
         """
-        x, sigmas = prior.start(len(measurement.y), seed), prior.sigmas(calls)
-        if midpoints:
-            level = start_level(measurement, SHAPE[-1] // prior.shape[-1])
-            sigmas = prior.midpoints(calls, math.inf if several else level)
+        x, sigmas = prior.start(len(measurement.y), seed), prior.sigmas(round(calls / denoise))[-calls - 1 :]
+        if midpoints or denoise < 1:
+            if midpoints:
+                level = start_level(measurement, SHAPE[-1] // prior.shape[-1])
+                sigmas = prior.midpoints(calls, math.inf if several else level)
             with torch.no_grad():
                 filled = prior.autoencoder.encode(fill_unseen(measurement).clamp(-1, 1))
             x = filled + sigmas[0] * prior.noise(len(filled), seed)

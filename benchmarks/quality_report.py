@@ -133,13 +133,17 @@ def precisions(rows: Rows, others: Rows, tasks: list[str], names: list[str]) -> 
 def table(there: Rows, precision: str, tasks: list[str], methods: list[str], parts: Parts, leader: str) -> str:
     """The rows of one split and one version of the weights as Markdown: those in `precision` where there are any."""
     rows = preferred(there, precision)
+    heading = "# Quality on the demo prior"
     if not rows:
-        return "# Quality on the demo prior\n\nNothing measured with the present weights.\n"
-    names = in_order(rows, methods, parts)
+        return f"{heading}\n\nNothing measured with the present weights.\n"
+    if rows[0]["split"] == "tune":
+        heading += ": the portraits that presets are chosen on"
+    # Methods with other options than theirs are in the tables of single tasks only.
+    names = [name for name in in_order(rows, methods, parts) if not parts(name)[1]]
     by_precision = {kind: [r for r in there if r["precision"] == kind] for kind in sorted({r["precision"] for r in there})}
     exact = by_precision.pop("float32", [])
     lines = [
-        "# Quality on the demo prior",
+        heading,
         "",
         f"Held-out portraits, split `{rows[0]['split']}`, weights {rows[0]['weights']}; {platform.machine()}, 1 thread, torch "
         f"{torch.__version__}. Made by `benchmarks/quality.py`, whose text says what each column is; mean and standard error over n pictures.",

@@ -121,7 +121,7 @@ class SamplerPSLD(io.ComfyNode):
                         io.DynamicCombo.Option("line search", line_search),
                         io.DynamicCombo.Option("paper", paper),
                     ],
-                    tooltip="How long a step is. line search: found anew at each step; 20 to 50 steps are enough. paper: fixed weights, "
+                    tooltip="How long a step is. line search: found anew at each step; 20 to 50 steps are enough from Start Latent's measurement with denoise .4, from noise alone 100. paper: fixed weights, "
                     "as published; wants 100 to 1000 steps.",
                 ),
                 io.Vae.Input(
@@ -308,7 +308,7 @@ class StartLatent(io.ComfyNode):
                     options=["noise", "measurement"],
                     default="noise",
                     tooltip="noise: an empty latent, the sampler starts from pure noise. measurement: the photo, what it lacks filled "
-                    "in smoothly, encoded; the sampler adds its noise to it, useful with denoise below 1.",
+                    "in smoothly, encoded; the sampler adds its noise to it, useful with denoise below 1: .4 is as Restore has it, .6 for large holes.",
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="Connect it to SamplerCustomAdvanced.")],

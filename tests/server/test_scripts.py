@@ -46,6 +46,19 @@ def test_first_script(server: Server, scripts: list[str]) -> None:
     assert last_prompt(server)["Operator"]["kernel.sigma"] == 2.0
 
 
+def test_third_script_turns_a_template_into_a_graph_for_a_photo(server: Server, scripts: list[str]) -> None:
+    Image.fromarray(draw(1_000_000)).crop((0, 0, 104, 80)).save("photo.png")
+    begin, post = scripts[0].split("answer = ")
+    loader = '"CheckpointLoaderSimple", ckpt_name="v1-5-pruned-emaonly-fp16.safetensors"'
+    assert loader in scripts[2]
+    script = scripts[2].replace(loader, '"PosteriorLoadDemoPrior", prior="latents"')  # no checkpoint is here
+    assert run(begin + script + "answer = " + post).size == (104, 80)
+    inputs = last_prompt(server)
+    assert inputs["Demo Pictures"]["image"].startswith("photo")
+    assert inputs["Measure (simulate)"]["noise.sigma"] == 0.01
+    assert "Compare" not in inputs
+
+
 def test_second_script_is_for_a_photo(server: Server, scripts: list[str]) -> None:
     Image.fromarray(draw(1_000_000)).crop((0, 0, 104, 80)).save("photo.png")
     begin, post = scripts[0].split("answer = ")
