@@ -2,10 +2,10 @@
 
     python benchmarks/psld_cost.py
 
-Through the real ComfyUI in this process. On the CPU: SD 1.5's layers at their stock width, one resolution of the UNet (14 M
-weights) and the whole KL autoencoder (84 M), random weights, float32, guidance (two passes), one thread.
+Through the real ComfyUI in this process. On the CPU: SD 1.5's UNet (860 M weights) and KL autoencoder (84 M) at full size, random
+weights, float32, guidance (two passes), one thread; 8 GB of main memory.
 
-Speed: a step of `sample_psld` in mode fastest, and network, decoder and encoder alone (forward and backward), all in turn,
+Speed: a step of `sample_psld` by each rule in mode fastest, and network, decoder and encoder alone (forward and backward), all in turn,
 again and again; the ratio is taken within each round, and its median reported. Seconds are the process's own, of one thread: the
 machine is shared.
 
@@ -29,7 +29,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from types import ModuleType
@@ -98,11 +97,36 @@ class Bench:
             guider.sample(noise, latent, sampler, sigmas, callback=callback, disable_pbar=True, seed=0)
 
 
+def full_networks(pack: ModuleType, family: str, side: int, dtype: torch.dtype, vae_dtype: torch.dtype) -> Bench:
+    """The stock networks at full size with random weights."""
+    import comfy.model_management as mm
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
+    from support.full_networks import base_model, kl_network
+
+    device = mm.get_torch_device()
+    model = ModelPatcher(base_model(family, dtype, "cpu"), load_device=device, offload_device=mm.unet_offload_device())
+    vae = VAE(sd=kl_network(torch.float32, "cpu").state_dict(), dtype=vae_dtype)
+    # Never paged: there is no file to load a twin from.
+    vae.patcher = ModelPatcher(vae.first_stage_model, load_device=vae.device, offload_device=vae.patcher.offload_device)
+    return Bench(pack, model, vae, side, "sdxl" if family == "SDXL" else "sd15")
+
+
+def on_cpu(pack: ModuleType, side: int) -> Bench:
+    return full_networks(pack, "SD15", side, torch.float32, torch.float32)
+
+
 # Speed ------------------------------------------------------------------------------------------------------------------
 
 
+PARTS = {"paper": ("network", "decode", "encode"), "line search": ("network", "decode", "plain decode")}
+
+
 def speed(bench: Bench) -> dict[str, float]:
-    """Median seconds of the step and of its parts, and the median of the rounds' ratios."""
+    """Median seconds of the steps and of their parts, and for each rule the median of the rounds' ratios.
+
+    A step of the line search decodes once with a gradient and once, at its end, without.
+    """
     psld = bench.pack.samplers.sample_psld
     times: dict[str, list[float]] = {}
 
@@ -113,7 +137,9 @@ def speed(bench: Bench) -> dict[str, float]:
         codec = given["autoencoder"]
         image = torch.zeros(1, 3, bench.side, bench.side)
         calls = {
-            "step": lambda: psld(model, x, sigmas[:2], extra_args, **given),
+            "paper": lambda: psld(model, x, sigmas[:2], extra_args, **given),
+            "line search": lambda: psld(model, x, sigmas[:2], extra_args, rule="line_search", gamma=0.0, **given),
+            "plain decode": lambda: plainly(codec.decode, x),
             "network": halves(denoise, x),
             "decode": halves(codec.decode, x),
             "encode": halves(codec.encode, image),
@@ -129,10 +155,16 @@ def speed(bench: Bench) -> dict[str, float]:
         return x
 
     bench.run(solve, "fastest")
-    ratios = [
-        whole / sum(parts) for whole, *parts in zip(*(times[n] for n in ("step", "network", "decode", "encode")), strict=True)
-    ]
-    return {name: statistics.median(values) for name, values in times.items()} | {"ratio": statistics.median(ratios)}
+    found = {name: statistics.median(values) for name, values in times.items()}
+    for rule, parts in PARTS.items():
+        ratios = [whole / sum(each) for whole, *each in zip(times[rule], *(times[part] for part in parts), strict=True)]
+        found[f"{rule} / parts"] = statistics.median(ratios)
+    return found
+
+
+def plainly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return function(x)
 
 
 # Memory -----------------------------------------------------------------------------------------------------------------
@@ -195,16 +227,9 @@ def full_size(
 ) -> dict[str, float]:
     """The stock networks with random weights on the compute device: peak of its allocator, and seconds for each step."""
     import comfy.model_management as mm
-    from comfy.model_patcher import ModelPatcher
-    from comfy.sd import VAE
-    from support.full_networks import base_model, kl_network
 
-    device = mm.get_torch_device()
-    model = ModelPatcher(base_model(family, dtype, "cpu"), load_device=device, offload_device=mm.unet_offload_device())
-    vae = VAE(sd=kl_network(torch.float32, "cpu").state_dict(), dtype=torch.bfloat16)
-    # Never paged: there is no file to load a twin from.
-    vae.patcher = ModelPatcher(vae.first_stage_model, load_device=vae.device, offload_device=vae.patcher.offload_device)
-    bench = Bench(pack, model, vae, side, "sdxl" if family == "SDXL" else "sd15")
+    bench = full_networks(pack, family, side, dtype, torch.bfloat16)
+    device, model, vae = mm.get_torch_device(), bench.model, bench.vae
     moments: list[float] = []
     cuda = device.type == "cuda"
     if cuda:
@@ -231,28 +256,25 @@ def start(*arguments: str) -> tuple[Any, ModuleType]:
     return start_comfyui(*arguments), load_pack()
 
 
-def stock_width(pack: ModuleType, side: int) -> Bench:
-    """One resolution of SD 1.5's UNet and the whole KL autoencoder, from a checkpoint file."""
-    import comfy.sd
-    from support.tiny_checkpoints import write_checkpoint
-
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        path = write_checkpoint(pathlib.Path(folder) / "sd15.safetensors", "sd15", vae="kl", kl_width=128)
-        model, _, vae = comfy.sd.load_checkpoint_guess_config(str(path))[:3]
-    return Bench(pack, model, vae, side)
-
-
 def report(times: dict[str, float], found: dict[str, dict[str, Any]]) -> list[str]:
     naive = found["naive"]["peak"]
     weights = found["naive"]["weights"]
+
+    def cell(part: str, parts: tuple[str, ...]) -> str:
+        return f"{times[part]:.2f}" if part in parts else "-"
+
     lines = [
         "## Time of a step",
         "",
         f"{SIDE} x {SIDE} pixels, float32; median of {ROUNDS} rounds, CPU seconds.",
         "",
-        "| whole step | network | decode | encode | step / sum of parts |",
-        "|---|---|---|---|---|",
-        f"| {times['step']:.2f} | {times['network']:.2f} | {times['decode']:.2f} | {times['encode']:.2f} | {times['ratio']:.3f} |",
+        "| rule | whole step | network | decode | encode | plain decode | step / sum of its parts |",
+        "|---" * 7 + "|",
+        *(
+            f"| {rule} | {times[rule]:.2f} | {times['network']:.2f} | {times['decode']:.2f} | {cell('encode', parts)} | "
+            f"{cell('plain decode', parts)} | {times[f'{rule} / parts']:.3f} |"
+            for rule, parts in PARTS.items()
+        ),
         "",
         "## Memory of a step",
         "",
@@ -304,13 +326,13 @@ def main() -> None:
     torch.set_num_threads(1)
     if attempt is not None:
         folder, pack = start("--cpu")
-        print(json.dumps(peak(stock_width(pack, MEMORY_SIDE), attempt)))
+        print(json.dumps(peak(on_cpu(pack, MEMORY_SIDE), attempt)))
         return
     found = peaks()
     gpu = torch.cuda.is_available()
     folder, pack = start(*([] if gpu else ["--cpu"]))  # noqa: RUF059 - the folder lives as long as its object
     lines = ["# PSLD: time and memory of a step", "", f"{machine()}. Made by `benchmarks/psld_cost.py`, which says how.", ""]
-    lines += [*report(speed(stock_width(pack, SIDE)), found), *gpu_report(pack)]
+    lines += [*report(speed(on_cpu(pack, SIDE)), found), *gpu_report(pack)]
     text = "\n".join(lines) + "\n"
     print(text)
     (ROOT / "benchmarks" / "results" / "psld_cost.md").write_text(text)
