@@ -84,18 +84,22 @@ def glance(rows: Rows, tasks: list[str], names: list[str]) -> list[str]:
     return lines
 
 
-def ahead(rows: Rows, tasks: list[str], names: list[str], leader: str) -> list[str]:
-    """By how many dB of PSNR `leader` is ahead of each method on each task, mean and standard error over the pictures both have."""
+def less_each(rows: Rows, tasks: list[str], names: list[str], leader: str, column: str, digits: int) -> list[str]:
+    """A column of `leader` less that of each method on each task: mean and standard error over the pictures that both have.
+
+    How many those are stands behind, where the leader has more.
+    """
     others = [name for name in names if name != leader]
     lines = ["| task | sigma | " + " | ".join(others) + " |", "|---" * (2 + len(others)) + "|"]
     for task in tasks:
         for sigma in sorted({float(r["sigma"]) for r in rows if r["task"] == task}):
-            found = by_picture(rows, task, sigma)
+            found = by_picture(rows, task, sigma, column)
             own, cells = found.get(leader, {}), []
             for name in others:
                 common = own.keys() & found.get(name, {}).keys()
                 mean, error = mean_and_error([own[i] - found[name][i] for i in common]) if common else (math.nan, math.nan)
-                cells.append(f"{mean:+.2f} +- {error:.2f}" if common else "-")
+                of = f" ({len(common)})" if len(common) < len(own) else ""
+                cells.append(f"{mean:+.{digits}f} +- {error:.{digits}f}{of}" if common else "-")
             lines.append(f"| {NAMES[task]} | {sigma:g} | " + " | ".join(cells) + " |")
     return lines
 
@@ -158,7 +162,8 @@ def table(there: Rows, precision: str, tasks: list[str], methods: list[str], par
         *glance(rows, tasks, names),
     ]
     if leader in names:
-        lines += ["", f"## {leader} less each, dB", "", *ahead(rows, tasks, names, leader)]
+        for title, column, digits in (("dB", "psnr", 2), ("feature distance: below 0 is nearer", "features", 3)):
+            lines += ["", f"## {leader} less each, {title}", "", *less_each(rows, tasks, names, leader, column, digits)]
     for kind, own in by_precision.items():
         if compared := precisions(own, exact, tasks, names):
             lines += ["", f"## {kind} less float32, dB (pictures)", "", *compared]
