@@ -237,6 +237,7 @@ class Uncertainty(io.ComfyNode):
             category=CATEGORY,
             description="Which details are invented: the mean of several results for one photo, and how much they differ at each pixel.",
             search_aliases=["posterior mean", "standard deviation", "statistics", "heat map", "confidence"],
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Image.Input(
                     "samples",
