@@ -3,7 +3,7 @@
     python benchmarks/psld_cost.py
 
 Through the real ComfyUI in this process. On the CPU: SD 1.5's UNet (860 M weights) and KL autoencoder (84 M) at full size, random
-weights, float32, guidance (two passes), one thread; 8 GB of main memory.
+weights, float32, guidance (two passes), one thread.
 
 Speed: a step of `sample_psld` by each rule in mode fastest, and network, decoder and encoder alone (forward and backward), all in turn,
 again and again; the ratio is taken within each round, and its median reported. Seconds are the process's own, of one thread: the

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choices, check_common
-from .held import Reachable
+from .held import reachable
 from .latent_consistency import match_by_decoder
 from .pixels import noise_norm
 from .spaces import ExactPixels, Latents, NoisyPixels, Space, Spectral
@@ -148,14 +148,10 @@ def sample_cpigdm(
             deviation = spread * float(levels[i] ** -2 + tau**-2) ** -0.5
             x = ddim_step(x, target, sigma, sigma_next, eta, noise, deviation) + change
             if free is not None and sigma_next == 0 and pixels:
-                x = denoised + free * (_nearest_of_the_free(denoised, measurement, free > 0, last_steps) - denoised)
+                # No closed form meets what of y the free pixels can meet.
+                part = reachable(measurement, free)
+                x, _ = match_by_decoder(denoised, part, None, last_steps, noise_norm(part), last=True, free=free)
     return x
-
-
-def _nearest_of_the_free(x0: Tensor, measurement: Any, free: Tensor, steps: int) -> Tensor:
-    """x0 moved where it is free until it meets what of y can be met there, as far as the noise allows: no closed form does that."""
-    part = Reachable(measurement, free)
-    return match_by_decoder(x0, part, None, steps, noise_norm(part), last=True, free=free)[0]
 
 
 class Dual:

@@ -56,7 +56,8 @@ def match_by_decoder(
         prior: mean, like z, and standard deviation of the truth's latent, before y is seen.
         last: what is returned is the result. Then each step decodes twice, a little ahead and at z: late steps are so short that
             in half precision finite differences reach further, and what is interpolated from there costs 0.3 dB (striped masks).
-        free: (1 or B, c, h, w), True where z may move; `measurement` should then be a `Reachable`. None: everywhere.
+        free: (1 or B, 1 or c, h, w), how much of its move each value of z takes, 0 where it is held; `measurement` should then be
+            what is `reachable`. None: all of it.
 
     Returns:
         The latents, (B, c, h, w), detached, and ||A D(z) - y|| before the first step, (B,).
@@ -68,10 +69,11 @@ def match_by_decoder(
         LOOK_AHEAD if looks_ahead else DIFFERENCE,
         torch.finfo(getattr(autoencoder, "dtype", z.dtype)).eps ** 0.5,  # above the decoder's rounding
     )
-    z = z.detach()
+    start = z = z.detach()
+    moves = None if free is None else free > 0
     mean, spread = (z, float("inf")) if prior is None else (prior[0].detach(), prior[1])
     damping = (measurement.sigma / spread) ** 2
-    entries = z[0].numel() if free is None else free.expand_as(z).flatten(1).sum(1).clamp(min=1)  # that move
+    entries = z[0].numel() if moves is None else moves.expand_as(z).flatten(1).sum(1).clamp(min=1)  # that move
     # No step is longer than four times z itself, or unit variance: the line search knows no bound where the decoder hardly reacts,
     # as one does that a network gone astray has saturated.
     longest = 4 * z.flatten(1).norm(dim=1).clamp(min=z[0].numel() ** 0.5)
@@ -88,7 +90,7 @@ def match_by_decoder(
         if bool(done.all()):
             break
         descent = vjp(seen, point, residual) - damping * (z - mean)
-        descent = descent if free is None else free * descent
+        descent = descent if moves is None else moves * descent
         seen = seen.detach()  # its graph goes before the next is built
         # Polak and Ribiere's choice, which starts anew where the decoder's curvature has spoilt the old direction.
         beta = _ratio(_dot(descent, descent - before), _dot(before, before)).clamp(min=0)
@@ -114,7 +116,7 @@ def match_by_decoder(
         if not looks_ahead and step < steps:
             point, seen, residual = _decoded(z, operator, y, decode)
             exact = ~done
-    return z, fit
+    return z if free is None else start + free * (z - start), fit
 
 
 def _decoded(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choices, check_common
-from .held import Reachable
+from .held import reachable
 from .latent_consistency import closer, match_by_decoder, spread_of
 from .pixels import noise_norm
 from .steps import Autoencoder, ddim_step, noise_sampler, per_image, vjp
@@ -160,22 +160,17 @@ class LineSearch:
         last_steps: int,
         free: Tensor | None = None,
     ) -> None:
-        self.free = free
-        if free is not None:
-            measurement = Reachable(measurement, free > 0)
-        self.measurement, self.autoencoder = measurement, autoencoder
+        self.measurement, self.autoencoder, self.free = reachable(measurement, free), autoencoder, free
         self.omega, self.inner_steps, self.last_steps = omega, inner_steps, last_steps
-        self.noise_norm = noise_norm(measurement)
+        self.noise_norm = noise_norm(self.measurement)
 
     def step(self, x: Tensor, z0: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
         """What to add to x after the move to sigma_next, (B, c, h, w), and ||A D(z0) - y||, (B,)."""
         last = not x.requires_grad
         steps = self.last_steps if last else self.inner_steps
         prior = None if self.autoencoder is None else (z0.detach(), spread_of(sigma))
-        moves = None if self.free is None else self.free > 0
-        target, fit = match_by_decoder(z0, self.measurement, self.autoencoder, steps, self.noise_norm, prior, last, free=moves)
-        if self.free is not None:
-            target = z0.detach() + self.free * (target - z0.detach())
+        given = (self.measurement, self.autoencoder, steps, self.noise_norm, prior, last)
+        target, fit = match_by_decoder(z0, *given, free=self.free)
         if last:
             with torch.no_grad():
                 return closer(target, z0, fit, self.measurement, self.autoencoder, self.noise_norm) - z0, fit

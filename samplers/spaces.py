@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .held import Reachable
+from .held import reachable
 from .latent_consistency import closer, match_by_decoder, match_by_encoder, spread_of
 from .pixels import noise_norm
 from .steps import Autoencoder
@@ -115,9 +115,8 @@ class Latents(Space):
         stop: float,
         free: Tensor | None = None,
     ) -> None:
-        self.moves = None if free is None else free > 0
-        if self.moves is not None and consistency == "decoder":
-            measurement = Reachable(measurement, self.moves)
+        if consistency == "decoder":
+            measurement = reachable(measurement, free)
         self.measurement, self.autoencoder, self.consistency = measurement, autoencoder, consistency
         self.inner_steps, self.last_steps, self.tau, self.stop = inner_steps, last_steps, tau, stop
         self.free = free
@@ -128,13 +127,13 @@ class Latents(Space):
         if self.consistency == "decoder":
             near = (prior_mean, spread_of(sigma, self.tau))
             goal = self.noise_norm if last else self.stop * self.noise_norm
-            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, goal, near, last, free=self.moves)
+            target, fit = match_by_decoder(x0, self.measurement, self.autoencoder, steps, goal, near, last, free=self.free)
         else:
             target, fit = match_by_encoder(x0, self.measurement, self.autoencoder, steps)
+            target = x0 + self.freed(target - x0)
         if last:
-            target = closer(x0 + self.freed(target - x0), x0, fit, self.measurement, self.autoencoder, self.noise_norm)
-            return target - x0, fit
-        return self.freed(target - x0), fit
+            target = closer(target, x0, fit, self.measurement, self.autoencoder, self.noise_norm)
+        return target - x0, fit
 
     def adjoint(self, v: Tensor) -> Tensor:
         return v  # the innovation is free of what is held
