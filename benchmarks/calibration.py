@@ -22,9 +22,9 @@ from torch import Tensor
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose operators.py would shadow the package
 
-from benchmarks.quality import observe, parts, truths  # noqa: E402
+from benchmarks.quality import observe, truths  # noqa: E402
 from benchmarks.quality_methods import METHODS, TASKS, Prior, weights_id  # noqa: E402
-from benchmarks.quality_report import mean_and_error  # noqa: E402
+from benchmarks.quality_report import mean_and_error, parts  # noqa: E402
 from operators import Mask, Measurement  # noqa: E402
 from samplers import enforce_consistency  # noqa: E402
 

@@ -16,7 +16,6 @@ so that 1 is right and what the sampler itself reached can be seen. Seconds are 
 """
 
 import argparse
-import ast
 import csv
 import os
 import pathlib
@@ -49,7 +48,7 @@ from benchmarks.quality_methods import (  # noqa: E402
     Tasks,
     weights_id,
 )
-from benchmarks.quality_report import RESULTS, plots, read, table  # noqa: E402
+from benchmarks.quality_report import parts, plots, read, rows_path, table  # noqa: E402
 from operators import Blur, Mask, Measurement  # noqa: E402
 from prior.draw import VALIDATION_SEED, draw  # noqa: E402
 from samplers import enforce_consistency  # noqa: E402
@@ -98,13 +97,6 @@ def psnr(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
     error = ((a - b) / 2).square()
     mean = error.mean((1, 2, 3)) if where is None else (error * where).sum((1, 2, 3)) / (3 * where.sum())
     return -10 * mean.log10()
-
-
-def parts(name: str) -> tuple[str, dict[str, Any], int]:
-    """A method's name in the tables, "psld_line_search:omega=0.5:inner_steps=2_20" say: its name in METHODS, other options, calls."""
-    given, _, calls = name.rpartition("_")
-    method, *others = given.split(":")
-    return method, {key: ast.literal_eval(value) for key, value in (other.split("=") for other in others)}, int(calls)
 
 
 def rows(
@@ -201,15 +193,11 @@ def main() -> None:
     tasks, methods, compared = (SMALL_TASKS, PIXEL_METHODS, PIXEL_COMPARED) if given.pixels else (TASKS, METHODS, COMPARED)
     given.tasks, given.methods = given.tasks or list(tasks), given.methods or compared
     given.precision = given.precision or ("float32" if given.pixels else "bfloat16")
-    stem = ("pixels" if given.pixels else "quality") if given.split == "validate" else "tuning" + "_pixels" * given.pixels
-    path = RESULTS / f"{stem}.csv"
+    path = rows_path(given.split, given.pixels)
     if not given.report:
         compute(path, given, tasks, methods)
-    weights = weights_id(given.pixels)
-    there = [row for row in read(path) if row["split"] == given.split and row["weights"] == weights]
-    leader = "cpigdm_5" if given.pixels else "cpigdm_10"
-    path.with_suffix(".md").write_text(table(there, given.precision, list(tasks), list(methods), parts, leader))
-    plots(there, given.precision, list(tasks), list(methods), parts, path.with_suffix(""))
+    path.with_suffix(".md").write_text(table(given.split, given.pixels, given.precision))
+    plots(given.split, given.pixels, given.precision)
 
 
 if __name__ == "__main__":

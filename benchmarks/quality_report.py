@@ -1,19 +1,16 @@
 """What quality.py measured, as a table and as plots."""
 
+import ast
 import csv
 import math
 import pathlib
-import platform
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
+from benchmarks.quality_methods import METHODS, PIXEL_METHODS, SMALL_TASKS, TASKS, weights_id
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 Rows = list[dict[str, str]]
 Run = tuple[str, str, str, str]
-Parts = Callable[[str], tuple[str, dict[str, Any], int]]  # a method's name in the rows -> its name, options, network calls
 # What the tasks are called in every table and plot.
 NAMES = {
     "downscale_4": "x4 super-resolution",
@@ -35,6 +32,29 @@ def read(path: pathlib.Path) -> Rows:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def rows_path(split: str, pixels: bool) -> pathlib.Path:
+    stem = ("pixels" if pixels else "quality") if split == "validate" else "tuning" + "_pixels" * pixels
+    return RESULTS / f"{stem}.csv"
+
+
+def present(split: str, pixels: bool) -> Rows:
+    """The rows of one split that were measured with the shipped weights."""
+    weights = weights_id(pixels)
+    return [row for row in read(rows_path(split, pixels)) if row["split"] == split and row["weights"] == weights]
+
+
+def asked(pixels: bool) -> tuple[list[str], list[str]]:
+    """The tasks and the methods, as tables have them."""
+    return (list(SMALL_TASKS), list(PIXEL_METHODS)) if pixels else (list(TASKS), list(METHODS))
+
+
+def parts(name: str) -> tuple[str, dict[str, Any], int]:
+    """A method's name in the tables, "psld_line_search:omega=0.5:inner_steps=2_20" say: its name in METHODS, other options, calls."""
+    given, _, calls = name.rpartition("_")
+    method, *others = given.split(":")
+    return method, {key: ast.literal_eval(value) for key, value in (other.split("=") for other in others)}, int(calls)
 
 
 def run_of(row: dict[str, str]) -> Run:
@@ -60,11 +80,13 @@ def by_picture(rows: Rows, task: str, sigma: float, column: str = "psnr") -> dic
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    array = np.array(values)
-    return float(array.mean()), float(array.std(ddof=1) / len(array) ** 0.5) if len(array) > 1 else float("nan")
+    # fsum: the same digits on every processor.
+    n = len(values)
+    mean = math.fsum(values) / n
+    return mean, (math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5 if n > 1 else math.nan
 
 
-def in_order(rows: Rows, methods: list[str], parts: Parts) -> list[str]:
+def in_order(rows: Rows, methods: list[str]) -> list[str]:
     """The names in the rows: as the methods are, then by calls."""
     return sorted({r["method"] for r in rows}, key=lambda name: (methods.index(parts(name)[0]), parts(name)[2], name))
 
@@ -134,8 +156,11 @@ def precisions(rows: Rows, others: Rows, tasks: list[str], names: list[str]) -> 
     return [*lines, "| all | | " + " | ".join(map(cell, everything.values())) + " |"]
 
 
-def table(there: Rows, precision: str, tasks: list[str], methods: list[str], parts: Parts, leader: str) -> str:
-    """The rows of one split and one version of the weights as Markdown: those in `precision` where there are any."""
+def table(split: str, pixels: bool, precision: str) -> str:
+    """The rows of one split as Markdown: those in `precision` where there are any."""
+    tasks, methods = asked(pixels)
+    leaders = ["cpigdm_5"] if pixels else ["cpigdm_10", "cpigdm_5", "psld_line_search_50", "psld_line_search_20"]
+    there = present(split, pixels)
     rows = preferred(there, precision)
     heading = "# Quality on the demo prior"
     if not rows:
@@ -143,14 +168,14 @@ def table(there: Rows, precision: str, tasks: list[str], methods: list[str], par
     if rows[0]["split"] == "tune":
         heading += ": the portraits that presets are chosen on"
     # Methods with other options than theirs are in the tables of single tasks only.
-    names = [name for name in in_order(rows, methods, parts) if not parts(name)[1]]
+    names = [name for name in in_order(rows, methods) if not parts(name)[1]]
     by_precision = {kind: [r for r in there if r["precision"] == kind] for kind in sorted({r["precision"] for r in there})}
     exact = by_precision.pop("float32", [])
     lines = [
         heading,
         "",
-        f"Held-out portraits, split `{rows[0]['split']}`, weights {rows[0]['weights']}; {platform.machine()}, 1 thread, torch "
-        f"{torch.__version__}. Made by `benchmarks/quality.py`, whose text says what each column is; mean and standard error over n pictures.",
+        f"Held-out portraits, split `{rows[0]['split']}`, weights {rows[0]['weights']}. Made by `benchmarks/quality.py`, whose text says "
+        "what each column is; mean and standard error over n pictures.",
         "",
         f"A row with fewer pictures compares with the others through the same first pictures only. Networks in {precision}, or in what "
         "stands behind n; seconds of another precision, or processor, do not compare.",
@@ -161,7 +186,7 @@ def table(there: Rows, precision: str, tasks: list[str], methods: list[str], par
         "",
         *glance(rows, tasks, names),
     ]
-    if leader in names:
+    for leader in [name for name in leaders if name in names]:
         for title, column, digits in (("dB", "psnr", 2), ("feature distance: below 0 is nearer", "features", 3)):
             lines += ["", f"## {leader} less each, {title}", "", *less_each(rows, tasks, names, leader, column, digits)]
     for kind, own in by_precision.items():
@@ -175,7 +200,7 @@ def table(there: Rows, precision: str, tasks: list[str], methods: list[str], par
                 "| method | calls | n | PSNR dB | SSIM | features | hole PSNR dB | residual | s / picture |",
                 "|---" * 9 + "|",
             ]
-            for name in in_order(here, methods, parts):
+            for name in in_order(here, methods):
                 mine = [r for r in here if r["method"] == name]
                 column = {key: mean_and_error([float(r[key]) for r in mine]) for key in COLUMNS}
                 kinds = sorted({r["precision"] for r in mine})
@@ -189,8 +214,8 @@ def table(there: Rows, precision: str, tasks: list[str], methods: list[str], par
     return "\n".join(lines) + "\n"
 
 
-def plots(there: Rows, precision: str, tasks: list[str], methods: list[str], parts: Parts, stem: pathlib.Path) -> None:
-    """STEM-calls.png and STEM-seconds.png: PSNR and feature distance of every task at its smallest noise above 0.
+def plots(split: str, pixels: bool, precision: str) -> None:
+    """Beside the rows, ...-calls.png and ...-seconds.png: PSNR and feature distance of every task at its smallest noise above 0.
 
     A curve for each method; a level line for the baseline, and by calls for everything that makes none. By seconds only rows in
     `precision`, and the baseline.
@@ -200,9 +225,10 @@ def plots(there: Rows, precision: str, tasks: list[str], methods: list[str], par
     except ImportError:
         print("no Matplotlib: the table is written, the plots are not")
         return
-    if not there:
+    tasks, methods = asked(pixels)
+    best, stem = preferred(present(split, pixels), precision), rows_path(split, pixels).with_suffix("")
+    if not best:
         return
-    best = preferred(there, precision)
     shown = [task for task in tasks if any(r["task"] == task for r in best)]
     curves = [m for m in methods if any(parts(r["method"])[0] == m for r in best)]
     for axis, label in (("calls", "network calls"), ("seconds", "CPU s a picture, several processors")):
@@ -226,7 +252,7 @@ def plots(there: Rows, precision: str, tasks: list[str], methods: list[str], par
                     if not mine:
                         continue
                     x, y, error = [], [], []
-                    for name in in_order(mine, methods, parts):
+                    for name in in_order(mine, methods):
                         of = [r for r in mine if r["method"] == name]
                         x.append(mean_and_error([float(r[axis]) for r in of])[0])
                         mean, spread = mean_and_error([float(r[value]) for r in of])

@@ -12,10 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks.quality_methods import DENOISE_SIGMA, weights_id  # noqa: E402
-from benchmarks.quality_report import NAMES, RESULTS, by_picture, mean_and_error, preferred, read  # noqa: E402
+from benchmarks.quality_methods import DENOISE_SIGMA  # noqa: E402
+from benchmarks.quality_report import NAMES, by_picture, mean_and_error, preferred, present  # noqa: E402
 
-ROWS = RESULTS / "quality.csv"
 SIGMA, PRECISION = 0.02, "bfloat16"
 METHODS = {
     "baseline_0": "baseline",
@@ -45,9 +44,7 @@ ALSO = (
 
 def quality() -> str:
     """Tables by task and method, over the pictures that all of them have; methods not measured on every task are left out."""
-    weights = weights_id(pixels=False)
-    rows = [row for row in read(ROWS) if row["weights"] == weights and row["split"] == "validate"]
-    rows = preferred(rows, PRECISION)
+    rows = preferred(present("validate", pixels=False), PRECISION)
 
     def found(column: str) -> dict[str, dict[str, dict[str, float]]]:
         return {task: by_picture(rows, task, DENOISE_SIGMA if task == "denoise" else SIGMA, column) for task in NAMES}
@@ -58,7 +55,9 @@ def quality() -> str:
         print(f"not measured on every task with these weights, left out: {', '.join(missing)}", file=sys.stderr)
     common = set.intersection(*(set(of[method]) for of in psnr.values() for method in methods)) if methods else set()
     if len(common) < 2:
-        sys.exit(f"{ROWS} has no two pictures that a method was measured on with every task; run benchmarks/quality.py")
+        sys.exit(
+            "benchmarks/results/quality.csv has no two pictures that a method was measured on with every task; run benchmarks/quality.py"
+        )
 
     def means(of: dict[str, float]) -> tuple[float, float]:
         return mean_and_error([of[i] for i in sorted(common)])

@@ -1,9 +1,10 @@
-"""The README's table of qualities is that of the measured rows, with the weights that are shipped."""
+"""The README's table of qualities and the reports are those of the measured rows, with the weights that are shipped."""
 
 from pathlib import Path
 
 import pytest
 
+from benchmarks.quality_report import rows_path, table
 from dev import make_readme
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -12,6 +13,12 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 def test_the_table_is_up_to_date() -> None:
     """`make readme` writes it."""
     assert make_readme.quality() in README.read_text()
+
+
+@pytest.mark.parametrize("split", ["validate", "tune"])
+def test_a_report_is_up_to_date(split: str) -> None:
+    """`benchmarks/quality.py --report` writes it, with `--split tune` the second."""
+    assert rows_path(split, pixels=False).with_suffix(".md").read_text() == table(split, False, "bfloat16")
 
 
 def test_replacing_twice_is_replacing_once() -> None:
