@@ -29,6 +29,13 @@ def as_shape(name: str, shape: tuple[int, ...]) -> Shape:
     return tuple(shape)
 
 
+def as_pair(name: str, pair: tuple[int, int]) -> tuple[int, int]:
+    """Check two whole numbers given by a caller, of rows and columns."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(n, int) for n in pair):
+        raise ValueError(f"{name}: got {pair!r}, expected two integers (of rows, of columns)")
+    return tuple(pair)
+
+
 def as_finite(name: str, value: object) -> Tensor:
     """Check numbers given by a caller (tensor or nested sequence; real and finite) and return them in float64."""
     try:
@@ -279,11 +286,13 @@ class LinearOperator:
             raise ValueError(f"{name}: got a batch of {got[0]}, expected {self.batch}, the images that {self!r} is made for")
 
     def _apply(self, name: str, v: Tensor, shape: Shape, run: Callable[[Tensor], Tensor]) -> Tensor:
-        """Check an input, compute in float32 or float64, return in the input's dtype."""
+        """Check an input, compute in float32 or float64 (under autocast, too), return in the input's dtype."""
         self._check(name, v, shape)
-        if v.dtype in COMPUTED:
-            return run(v)
-        return run(v.float()).to(v.dtype)
+        kind = v.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self._apply(name, v, shape, run)
+        return run(v if v.dtype in COMPUTED else v.float()).to(v.dtype)
 
 
 def _in_precision(f: Spectral) -> Spectral:

@@ -1,10 +1,12 @@
 """Blur: convolution with any kernel, under four boundaries."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.fft import irfft2, rfft2
 
-from .base import Delegate, Shape, Table, as_finite, as_shape
+from .base import Delegate, InverseTable, Shape, Table, as_finite, as_shape
 from .fourier import Fourier
 from .iterative import IterativeOperator
 from .separable import BOUNDARIES, Separable, band_matrix, convolution_matrix
@@ -33,7 +35,7 @@ class Blur(Delegate):
         c, h, w = as_shape("in_shape", in_shape)
         if boundary not in BOUNDARIES:
             raise ValueError(f"boundary: got {boundary!r}, expected one of {BOUNDARIES}")
-        taps = as_finite("kernel", kernel).cpu()
+        taps = as_finite("kernel", kernel)
         if taps.ndim < 2 or taps.numel() == 0 or taps.shape[:-2].numel() != 1:
             raise ValueError(f"kernel: got shape {tuple(taps.shape)}, expected (height, width)")
         taps = taps.reshape(taps.shape[-2:])
@@ -86,6 +88,7 @@ class PaddedBlur(IterativeOperator):
         self._margins = tuple(
             Table(margin) for n, t in zip((h, w), taps.shape, strict=True) for margin in _margin_matrices(n, t, boundary)
         )
+        # In float64 it keeps every frequency, in float32 those that it resolves.
         self._inverse_transfer = _reflecting_inverse(taps, (h, w)) if boundary == "reflect" else None
 
     def _pinv(self, y: Tensor) -> Tensor:
@@ -94,14 +97,26 @@ class PaddedBlur(IterativeOperator):
         wide = y.double() if y.device.type != "mps" else y
         rows = torch.cat((wide, wide[..., 1:-1, :].flip(-2)), -2)
         torus = torch.cat((rows, rows[..., 1:-1].flip(-1)), -1)
-        inverse = irfft2(rfft2(torus).mul_(self._inverse_transfer.like(torus)), s=torus.shape[-2:])
+        inverse = irfft2(rfft2(torus).mul_(self._inverse_transfer.like(y)), s=torus.shape[-2:])
         return inverse[..., : y.shape[-2], : y.shape[-1]].to(y.dtype, copy=True)
 
     def _project(self, x: Tensor) -> Tensor:
-        return super()._project(x) if self._inverse_transfer is None else x.clone()
+        if self._inverse_transfer is None:
+            return super()._project(x)
+        return x.clone() if self._keeps_all(x) else self._pinv(self._forward(x))
 
     def _project_range(self, y: Tensor) -> Tensor:
-        return super()._project_range(y) if self._inverse_transfer is None else y.clone()
+        if self._inverse_transfer is None:
+            return super()._project_range(y)
+        return y.clone() if self._keeps_all(y) else self._forward(self._pinv(y))
+
+    @functools.cached_property
+    def _norm(self) -> float:
+        return self._largest((1, 1, *self.in_shape[1:]))  # each channel has the same
+
+    def _keeps_all(self, v: Tensor) -> bool:
+        """Whether no frequency is null in the precision of v."""
+        return bool(self._inverse_transfer.like(v).all())
 
     def _forward(self, x: Tensor) -> Tensor:
         top, bottom, left, right = (table.like(x) for table in self._margins)
@@ -129,7 +144,7 @@ def _margin_matrices(n: int, taps: int, boundary: str) -> tuple[Tensor, Tensor]:
     return band_matrix(ones.expand(before + after, 1), outside, n, boundary).split((before, after))
 
 
-def _reflecting_inverse(taps: Tensor, size: tuple[int, int]) -> Table | None:
+def _reflecting_inverse(taps: Tensor, size: tuple[int, int]) -> InverseTable | None:
     """1 / transfer of a mirror-symmetric kernel on the torus of period 2 (n - 1), or None where there is no stable inverse."""
     if not (
         torch.equal(taps, taps.flip(0)) and torch.equal(taps, taps.flip(1)) and taps.shape[0] % 2 == taps.shape[1] % 2 == 1
@@ -140,7 +155,7 @@ def _reflecting_inverse(taps: Tensor, size: tuple[int, int]) -> Table | None:
     transfer = rfft2(spread.roll([-(n // 2) for n in taps.shape], (0, 1))).real  # symmetric, hence real
     if transfer.abs().min() < INVERTIBLE * transfer.abs().max():
         return None
-    return Table(1 / transfer)
+    return InverseTable(transfer.square(), transfer)
 
 
 def _smooth_size(n: int) -> int:

@@ -103,6 +103,8 @@ def _closed_form(outer: LinearOperator, inner: LinearOperator) -> LinearOperator
         return _AfterTightFrame(inner, Scale(inner.in_shape, outer.gain))
     if isinstance(outer, Grayscale) and (form := inner.as_fourier() or inner.as_separable()):
         return _AfterTightFrame(form.with_channels(1), Grayscale(inner.in_shape, outer.weights))
+    if isinstance(inner, _AfterTightFrame) and (form := _closed_form(outer, inner.outer)):
+        return _AfterTightFrame(form, inner.inner)  # what commuted before goes on inwards
     return None
 
 
@@ -146,6 +148,8 @@ class _DisjointRows(_Chained, PixelwiseGram):
         weights = outer.A_adjoint(torch.ones(outer.batch, *outer.out_shape, dtype=torch.float64))
         values = inner.eigenvalues.value * weights
         self.eigenvalues = Table(outer.A(values.expand(self.batch, *outer.in_shape)))
+        if not bool(self.eigenvalues.value.flatten(1).any(1).all()):
+            raise ValueError(f"{outer!r} @ {inner!r}: nothing of an image is left; at least one pixel of each must be observed")
 
 
 class _AfterTightFrame(_Chained):

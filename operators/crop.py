@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .base import PixelwiseGram, Shape, Table, as_shape
+from .base import PixelwiseGram, Shape, Table, as_pair, as_shape
 
 
 class Crop(PixelwiseGram):
@@ -24,8 +24,8 @@ class Crop(PixelwiseGram):
 
     def __init__(self, in_shape: Shape, size: tuple[int, int], corner: tuple[int, int] = (0, 0)) -> None:
         channels, height, width = self.in_shape = as_shape("in_shape", in_shape)
-        self.out_shape = as_shape("size", (channels, *size))
-        self.size, self.corner = self.out_shape[1:], (int(corner[0]), int(corner[1]))
+        self.size, self.corner = as_pair("size", size), as_pair("corner", corner)
+        self.out_shape = as_shape("size", (channels, *self.size))
         spare = (height - self.size[0], width - self.size[1])
         if not all(0 <= first <= rest for first, rest in zip(self.corner, spare, strict=True)):
             raise ValueError(f"size, corner: got a window {self.size} at {self.corner}, expected one inside {(height, width)}")

@@ -33,8 +33,9 @@ class Dense(LinearOperator):
     @functools.cached_property
     def _svd(self) -> tuple[Table, Table, Table]:
         """U (square: gram acts on the null space, too), singular values, V, with singular vectors in columns."""
-        u, s, vt = torch.linalg.svd(self._matrix.value, full_matrices=True)
-        return Table(u), Table(s), Table(vt[: len(s)].T)
+        rows, columns = self._matrix.value.shape
+        u, s, vt = torch.linalg.svd(self._matrix.value, full_matrices=rows > columns)
+        return Table(u), Table(s), Table(vt.T)
 
     def _forward(self, x: Tensor) -> Tensor:
         return (x.flatten(1) @ self._matrix.like(x).T).unflatten(1, self.out_shape)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .base import PixelwiseGram, Shape, Table, as_shape
+from .base import PixelwiseGram, Shape, Table, as_pair, as_shape
 from .fourier import Fourier
 from .separable import Separable, band_matrix
 
@@ -96,7 +96,7 @@ class AntialiasedDownscale(Separable):
             raise ValueError(f'boundary: got {boundary!r}, expected "reflect" or "circular"')
         if out_size is None:
             out_size = _ceil_divide(h, factor), _ceil_divide(w, factor)
-        _, *out_size = as_shape("out_size", (c, *out_size))
+        _, *out_size = as_shape("out_size", (c, *as_pair("out_size", out_size)))
         if out_size[0] > h or out_size[1] > w:
             raise ValueError(f"out_size: got {tuple(out_size)}, expected at most the picture's {(h, w)}")
         self.out_size = tuple(out_size)

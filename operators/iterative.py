@@ -54,9 +54,13 @@ class IterativeOperator(Delegate):
 
     @functools.cached_property
     def _norm(self) -> float:
+        return self._largest((self.batch, *self.in_shape))
+
+    def _largest(self, shape: tuple[int, ...]) -> float:
+        """The largest singular value, from a start of this shape."""
         with torch.inference_mode(False), torch.no_grad():
             generator = torch.Generator().manual_seed(0)
-            start = torch.randn((self.batch, *self.in_shape), generator=generator, dtype=torch.float64)
+            start = torch.randn(shape, generator=generator, dtype=torch.float64)
             largest = 0.0
             for alpha, beta in _tridiagonals(lambda u: self._adjoint(self._forward(u)), start):
                 before, largest = largest, float(torch.linalg.eigvalsh(_tridiagonal(alpha, beta)).max())

@@ -3,12 +3,13 @@
 Lengths are in pixels. Angles are in degrees, counter-clockwise from the horizontal as the picture is seen (rows run down).
 """
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
 
-from .base import as_finite
+from .base import as_finite, as_pair
 
 MAX_SIDE = 8192  # of a kernel: half a gigabyte
 
@@ -23,9 +24,13 @@ def gaussian_kernel(
         size: taps, one number or (height, width); None covers 4 sigma each way.
         angle: direction of sigma_u.
     """
-    along, across = (_positive("sigma", s) for s in (sigma if isinstance(sigma, tuple | list) else (sigma, sigma)))
+    sigmas = tuple(sigma) if isinstance(sigma, tuple | list) else (sigma, sigma)
+    if len(sigmas) != 2:
+        raise ValueError(f"sigma: got {sigma!r}, expected one number or two, along and across the angle")
+    along, across = (_positive("sigma", s) for s in sigmas)
     y, x = _grid(size, 4 * max(along, across))
-    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    direction = math.radians(float(as_finite("angle", angle)))
+    cos, sin = math.cos(direction), math.sin(direction)
     u, v = x * cos - y * sin, x * sin + y * cos
     # Along the axes the exponent is a sum of a row and a column part, and the kernel stays separable to rounding.
     return _normalised(torch.exp(-0.5 * ((u / along).square() + (v / across).square())))
@@ -40,11 +45,11 @@ def disk_kernel(radius: float, size: int | tuple[int, int] | None = None) -> Ten
     """
     radius = _positive("radius", radius)
     y, x = _grid(size, radius - 0.5)
-    points = (torch.arange(16, dtype=torch.float64) + 0.5) / 16 - 0.5
-    y2 = (y + points).square()  # (h, 16)
-    x2 = (x[..., None] + points).square()  # (1, w, 16)
-    covered = (y2[:, None, :, None] + x2[:, :, None, :]) <= radius**2
-    return _normalised(covered.double().mean((-2, -1)))
+    points = ((torch.arange(16, dtype=torch.float64) + 0.5) / 16 - 0.5).tolist()
+    covered = torch.zeros(len(y), x.shape[1], dtype=torch.float64)
+    for down, across in itertools.product(points, points):  # one after the other: all at once they are 256 kernels
+        covered += (y + down).square() + (x + across).square() <= radius**2
+    return _normalised(covered)
 
 
 def motion_kernel(
@@ -73,6 +78,8 @@ def motion_kernel(
     direction = math.radians(float(as_finite("angle", angle)))
     if intensity == 0:
         return _line(length, math.cos(direction), -math.sin(direction), size)
+    if length > 2 * MAX_SIDE:
+        raise ValueError(f"length: got {length} pixels, expected at most {2 * MAX_SIDE}")
     steps = 64 * math.ceil(length)
     turns = torch.randn(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     heading = direction + math.pi * intensity * turns.cumsum(0) / math.sqrt(steps)
@@ -94,7 +101,7 @@ def image_kernel(image: Tensor) -> Tensor:
     Args:
         image: (H, W) or (C, H, W), finite, >= 0 and not all 0. An even size keeps its centre at (H // 2, W // 2).
     """
-    image = as_finite("image", image).cpu()
+    image = as_finite("image", image)
     if image.ndim not in (2, 3) or image.numel() == 0:
         raise ValueError(f"image: got shape {tuple(image.shape)}, expected (height, width) or (channels, height, width)")
     if bool((image < 0).any()):
@@ -126,7 +133,7 @@ def _size(size: int | tuple[int, int] | None, reach: float) -> tuple[int, int]:
     """The (h, w) asked for, or the odd square that reaches so many pixels from the centre pixel's centre."""
     if size is None:
         size = 2 * max(math.ceil(reach - 1e-9), 0) + 1
-    h, w = size if isinstance(size, tuple | list) else (size, size)
+    h, w = as_pair("size", size) if isinstance(size, tuple | list) else (size, size)
     if not all(isinstance(n, int) and 0 < n <= MAX_SIDE for n in (h, w)):
         raise ValueError(f"size: got {size} pixels, expected integers from 1 to {MAX_SIDE}, one or (height, width)")
     return h, w

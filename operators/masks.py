@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Shape, as_shape
+from .base import Shape, as_pair, as_shape
 
 
 def box_mask(shape: Shape, size: int | tuple[int, int], corner: tuple[int, int] | None = None, invert: bool = False) -> Tensor:
@@ -24,8 +24,8 @@ def box_mask(shape: Shape, size: int | tuple[int, int], corner: tuple[int, int] 
         ValueError: the rectangle is empty, or not inside the picture.
     """
     _, h, w = as_shape("shape", shape)
-    _, height, width = as_shape("size", (1, *(size if isinstance(size, tuple | list) else (size, size))))
-    top, left = ((h - height) // 2, (w - width) // 2) if corner is None else corner
+    _, height, width = as_shape("size", (1, *(as_pair("size", size) if isinstance(size, tuple | list) else (size, size))))
+    top, left = ((h - height) // 2, (w - width) // 2) if corner is None else as_pair("corner", corner)
     if not (0 <= top <= h - height and 0 <= left <= w - width):
         raise ValueError(f"size, corner: got {height} x {width} pixels at {(top, left)}, expected a box inside {h} x {w}")
     inside = torch.zeros(1, 1, h, w)

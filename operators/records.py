@@ -109,6 +109,11 @@ def _blur_size(kernel: Tensor, in_shape: Shape, boundary: str) -> int:
     return 5 * h * w + (0 if boundary == "circular" else h * h + w * w)
 
 
+def _dense_size(matrix: Tensor, in_shape: Shape, out_shape: Shape) -> int:
+    """Its left singular vectors are as many as its rows."""
+    return math.prod(out_shape) ** 2
+
+
 def _product_size(outer: LinearOperator, inner: LinearOperator) -> int:
     """Of the closed forms that may be tried: by rows and columns, pixel by pixel, by frequencies, or the matrix with a dense factor."""
     chain = factors(outer) + factors(inner)
@@ -174,7 +179,7 @@ RECORDS: dict[type[LinearOperator], Record] = {
         functools.partial(Blur, normalize=False),
         size=_blur_size,
     ),
-    Dense: Record({"matrix": Array(torch.float64, 2), "in_shape": _SHAPE, "out_shape": _SHAPE}, Dense),
+    Dense: Record({"matrix": Array(torch.float64, 2), "in_shape": _SHAPE, "out_shape": _SHAPE}, Dense, size=_dense_size),
     Product: Record({"outer": OPERATOR, "inner": OPERATOR}, _build_product, size=_product_size),
     Stack: Record({"operators": OPERATORS}, Stack),
 }
@@ -182,5 +187,8 @@ CLASSES = {cls.__name__: record for cls, record in RECORDS.items()}
 
 
 def short(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # lists in lists that JSON could just read
+        text = type(value).__name__
     return text if len(text) <= 120 else f"{text[:117]}..."

@@ -21,7 +21,7 @@ class Stack(IterativeOperator):
     """
 
     def __init__(self, operators: Sequence[LinearOperator]) -> None:
-        operators = tuple(operators)
+        operators = tuple(operators) if isinstance(operators, Sequence) else (operators,)
         if not operators or not all(isinstance(operator, LinearOperator) for operator in operators):
             raise ValueError(f"operators: got {operators!r}, expected one or more operators")
         shapes = [operator.in_shape for operator in operators]

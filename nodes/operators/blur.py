@@ -121,7 +121,7 @@ class BlurOperator(io.ComfyNode):
             picture = (to_signal("image", kernel["image"]) + 1) / 2
             if len(picture) != 1:
                 raise ValueError(f"image: got a batch of {len(picture)}, expected one picture of the blur")
-            taps = image_kernel(picture[0])
+            taps = image_kernel(picture[0]).float()  # all that is known of it: Blur looks for its factors to that
 
         def bind(full: Shape) -> Blur:
             if taps.shape[0] > full[1] or taps.shape[1] > full[2]:

@@ -175,9 +175,10 @@ def estimate_gaussian_blur(image: Tensor) -> BlurEstimate:
     image = as_images("image", image, one=True)
     if min(image.shape[2:]) < 64:
         raise ValueError(f"image: got {image.shape[2]} x {image.shape[3]}, expected at least 64 x 64")
-    noise = white_noise(image[0], torch.ones_like(image[0], dtype=torch.bool))[0] / math.sqrt(image.shape[1])
+    grey = image.mean(1, keepdim=True)
+    noise = white_noise(grey[0], torch.ones_like(grey[0], dtype=torch.bool))[0]
     top, left = (max(n - 1536, 0) // 2 for n in image.shape[2:])
-    grey = image[..., top : top + 1536, left : left + 1536].mean(1, keepdim=True)  # has edges enough
+    grey = grey[..., top : top + 1536, left : left + 1536]  # has edges enough
     for scale in (1.0, 1.5, 2.0):
         gradient, ratio = _strongest_edges(grey, scale)
         noise_of_gradient = noise / (scale**2 * math.sqrt(8 * math.pi))
@@ -190,7 +191,10 @@ def estimate_gaussian_blur(image: Tensor) -> BlurEstimate:
         raise ValueError(
             f"image: its edges are {sigma:.1f} pixels wide, as in sharp photos; use a crop with one long edge instead, for a blur below 1.4"
         )
-    return BlurEstimate(sigma, 0.75 * sigma, 1.5 * sigma, float(gradient.median()) * sigma * math.sqrt(2 * math.pi))
+    contrast = float(gradient.median()) * sigma * math.sqrt(2 * math.pi)
+    if contrast > 2 or sigma > min(grey.shape[2:]) / 8:  # a ramp is as an edge of any width
+        raise ValueError("image: has no edges to measure; use a crop with one long edge instead")
+    return BlurEstimate(sigma, 0.75 * sigma, 1.5 * sigma, contrast)
 
 
 def _strongest_edges(grey: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -66,6 +66,14 @@ def test_functions_of_another_type(case: Any) -> None:
             torch.testing.assert_close(out, gain * v, rtol=0, atol=1e-4)
 
 
+def test_autocast_changes_nothing(case: Any) -> None:
+    for name, side in METHODS.items():
+        v, apply = getattr(case, side)().float(), getattr(case.operator, name)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = apply(v)
+        assert torch.equal(inside, apply(v)), name
+
+
 def test_what_is_no_batch_of_images(case: Any) -> None:
     for name, side in METHODS.items():
         v, apply = getattr(case, side)(), getattr(case.operator, name)

@@ -361,6 +361,20 @@ def test_blind_blur_refuses_noise() -> None:
         estimate_gaussian_blur(noisy(gaussian_blur(photo("grass"), 3.0), 0.2))
 
 
+def test_blind_blur_reads_the_noise_of_a_grey_photo_from_its_three_equal_channels() -> None:
+    grey = noisy(gaussian_blur(photo("camera", 256), 2.0), 0.05).mean(1, keepdim=True)
+    for image in (grey, grey.expand(-1, 3, -1, -1)):
+        with pytest.raises(ValueError, match=r"noise \(0\.0[3-9]"):
+            estimate_gaussian_blur(image)
+
+
+@pytest.mark.parametrize("side", [64, 256])
+def test_blind_blur_refuses_a_ramp(side: int) -> None:
+    ramp = torch.linspace(-0.9, 0.9, side).expand(1, 3, side, side)
+    with pytest.raises(ValueError, match=r"no edges|constant"):
+        estimate_gaussian_blur(ramp)
+
+
 def test_inputs_are_not_changed() -> None:
     x = photo("camera", 128)
     inputs = {

@@ -9,6 +9,7 @@ from operators import (
     AreaDownscale,
     BicubicDownscale,
     Blur,
+    Crop,
     Dense,
     Grayscale,
     Identity,
@@ -93,6 +94,26 @@ def test_every_bracketing_finds_the_closed_form() -> None:
     assert not (mask @ gray @ area @ blur).exact
 
 
+@pytest.mark.parametrize(
+    ("make", "boundary"),
+    [
+        (lambda c: BicubicDownscale((c, 12, 18), 2), "reflect"),
+        (lambda c: AreaDownscale((c, 12, 18), 3), "reflect"),
+        (lambda c: AreaDownscale((c, 12, 18), 3), "circular"),
+    ],
+)
+def test_what_acts_on_every_colour_alike_may_stand_anywhere(make: Any, boundary: str) -> None:
+    """Black and white, or a scale, between a blur and what makes it smaller: the same closed form as after them."""
+    blur, x = Blur(G, S, boundary), random(1, *S)
+    for between, after in ((Grayscale(S), Grayscale(make(3).out_shape)), (Scale(S, -2.0), Scale(make(3).out_shape, -2.0))):
+        product, same = make(between.out_shape[0]) @ between @ blur, after @ make(3) @ blur
+        assert product.exact
+        y = product.A(x)
+        torch.testing.assert_close(y, same.A(x), rtol=0, atol=1e-12)
+        torch.testing.assert_close(product.prox_l2(x, y + 1, 50.0), same.prox_l2(x, y + 1, 50.0), rtol=0, atol=1e-10)
+        torch.testing.assert_close(product.A(product.A_dagger(y)), y, rtol=0, atol=1e-7)
+
+
 def test_repr_reads_as_it_was_written() -> None:
     product = Mask(random_mask((3, 4, 6), 0.5)) @ AreaDownscale(S, 3)
     assert repr(product) == "Mask(3x4x6 -> 3x4x6) @ AreaDownscale(3x12x18 -> 3x4x6)"
@@ -103,6 +124,8 @@ def test_errors() -> None:
         Blur(K, S) @ AreaDownscale(S, 3)
     with pytest.raises(ValueError, match="0 everywhere"):
         Mask(box_mask(S, 4)) @ Mask(box_mask(S, 4, invert=True))
+    with pytest.raises(ValueError, match="nothing of an image is left"):
+        Crop(S, (4, 4), (4, 7)) @ Mask(box_mask(S, 4))
     with pytest.raises(ValueError, match="2 and 3 images"):
         Mask(random_mask(S, 0.5).expand(2, -1, -1, -1)) @ Mask(random_mask(S, 0.5).expand(3, -1, -1, -1))
     with pytest.raises(TypeError):

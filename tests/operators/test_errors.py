@@ -13,12 +13,15 @@ from operators import (
     AreaDownscale,
     BicubicDownscale,
     Blur,
+    Crop,
     Dense,
     Grayscale,
     Identity,
     Mask,
     Measurement,
     Scale,
+    Stack,
+    box_mask,
     from_deepinv,
     random_mask,
 )
@@ -49,6 +52,13 @@ def test_shapes(shape: Any) -> None:
         (lambda: BicubicDownscale(S, 2, (4, 4)), "factor, out_size"),
         (lambda: BicubicDownscale(S, out_size=(9, 9)), r"out_size: got \(9, 9\), expected at most"),
         (lambda: BicubicDownscale(S, out_size=(0, 9)), "out_size: got"),
+        (lambda: BicubicDownscale(S, out_size=8), "out_size: got 8, expected two integers"),
+        (lambda: Crop(S, 8), "size: got 8, expected two integers"),
+        (lambda: Crop(S, (4, 4), (1.9, 2.2)), "corner: got"),
+        (lambda: Crop(S, (4, 4), (1, 2, 3)), "corner: got"),
+        (lambda: box_mask(S, 4, (0,)), "corner: got"),
+        (lambda: Stack([]), "operators: got"),
+        (lambda: Stack(3), "operators: got"),
         (lambda: BicubicDownscale(S, 2, boundary="zero"), "boundary: got 'zero'"),
         (lambda: Blur(ONES, S, "mirror"), "boundary: got 'mirror'"),
         (lambda: Blur(torch.zeros(3, 3), S), "kernel: its sum is 0"),
@@ -162,6 +172,21 @@ class TestFromDeepinv:
             def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
                 return torch.nn.functional.interpolate(y, scale_factor=2)
 
+        class Unmasked:
+            """Inpainting that forgets the mask on the way back: right on the range of A only."""
+
+            keep = random_mask((1, 8, 10), 0.5)
+
+            def A(self, x: torch.Tensor) -> torch.Tensor:
+                return self.keep * x
+
+            def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+                return y
+
+        class Shifted(self.Box):
+            def A(self, x: torch.Tensor) -> torch.Tensor:
+                return super().A(x) + 1e-3
+
         class Other(self.Box):
             def A(self, x: torch.Tensor) -> torch.Tensor:
                 return [x]
@@ -172,6 +197,10 @@ class TestFromDeepinv:
 
         with pytest.raises(ValueError, match="not an adjoint pair"):
             from_deepinv(Wrong(), (3, 8, 10))
+        with pytest.raises(ValueError, match="not an adjoint pair"):
+            from_deepinv(Unmasked(), (3, 8, 10))
+        with pytest.raises(ValueError, match="its A of 0 is not 0"):
+            from_deepinv(Shifted(), (3, 8, 10))
         with pytest.raises(ValueError, match="its A gives list"):
             from_deepinv(Other(), S)
         with pytest.raises(ValueError, match="its A_adjoint gives"):

@@ -81,3 +81,10 @@ def test_used_up_memory_is_not_taken_for_a_refusal(
     monkeypatch.setitem(operators.records.CLASSES, "Crop", operators.records.Record(record.arguments, exhaust))
     with bounded_memory(), pytest.raises((MemoryError, RuntimeError)):
         load_operator(path)
+
+
+def test_a_value_nested_too_deep_to_print_is_named_by_its_type() -> None:
+    value: list = []
+    for _ in range(10_000):
+        value = [value]
+    assert operators.records.short(value) == "list"

@@ -78,6 +78,20 @@ def test_a_mirror_symmetric_kernel_under_reflect_is_inverted_directly() -> None:
     assert operator.project(x) is not x
 
 
+def test_float32_drops_the_frequencies_that_it_does_not_resolve() -> None:
+    """A disk whose smallest singular value is 2.5e-7: float64 keeps it, and in float32 it is null, as in every other form."""
+    operator = Blur(disk_kernel(4.6), (1, 192, 256), "reflect")
+    transfer = operator.form._inverse_transfer.value.sqrt()  # of the torus; its smallest entry is the worst cosine
+    i, j = divmod(int(transfer.argmin()), transfer.shape[1])
+    assert 1e-7 < float(transfer.min() / transfer.max()) < 1e-6
+    rows, columns = (torch.cos(torch.pi * k * torch.arange(n) / (n - 1)) for k, n in ((i, 192), (j, 256)))
+    worst = torch.outer(rows, columns)[None, None].double()
+    assert float(operator.A(worst).norm()) < 1e-6 * float(worst.norm())
+    assert torch.equal(operator.project(worst), worst)
+    assert float(operator.project(worst.float()).norm()) < 1e-3 * float(worst.norm())
+    assert float(operator.A_dagger(worst.float()).norm()) < 1e6 * float(worst.norm())
+
+
 def test_a_kernel_that_loses_a_frequency_is_not_inverted() -> None:
     """[1, 2, 1] x [1, 2, 1] and a bit: 0 at the highest frequency, which reflection allows."""
     taps = torch.tensor([[0.0, 1, 0], [1, 4, 1], [0, 1, 0]], dtype=torch.float64)
