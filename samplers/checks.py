@@ -1,5 +1,6 @@
 """What the samplers refuse: one place, so that all of them say the same."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,8 @@ def check_choices(choices: Mapping[str, tuple[str, tuple[str, ...]]]) -> None:
             raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
 
-def check_common(x: Tensor, sigmas: Tensor, measurement: Any, eta: float, inner_steps: int, last_steps: int) -> None:
-    """Arguments that all samplers have."""
+def check_common(x: Tensor, sigmas: Tensor, measurement: Any, eta: float, inner_steps: int, last_steps: int) -> Any:
+    """Arguments that all samplers have. Returns the measurement with a y for each image of x: one photo may have several samples."""
     if not 0 <= eta < float("inf"):
         raise ValueError(f"eta: got {eta}, expected a finite number >= 0: 0 is DDIM, 1 is DDPM")
     for name, value in (("inner_steps", inner_steps), ("last_steps", last_steps)):
@@ -24,3 +25,6 @@ def check_common(x: Tensor, sigmas: Tensor, measurement: Any, eta: float, inner_
         raise ValueError(f"sigmas: got {sigmas.tolist()}, expected a falling list of numbers > 0, the last one >= 0")
     if len(measurement.y) not in (1, len(x)):
         raise ValueError(f"x: got a batch of {len(x)} for a measurement of {len(measurement.y)}, expected equal batches")
+    if len(measurement.y) < len(x):
+        measurement = dataclasses.replace(measurement, y=measurement.y.expand(len(x), -1, -1, -1))
+    return measurement

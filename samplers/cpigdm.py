@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choices, check_common
-from .held import reachable
+from .held import held_back, reachable
 from .latent_consistency import match_by_decoder
 from .pixels import noise_norm
 from .spaces import ExactPixels, Latents, NoisyPixels, Space, Spectral
@@ -58,8 +58,9 @@ def sample_cpigdm(
 
     * the paper's C-PiGDM: weight = "paper", jacobian = "vp"; sigma from 2.03 (its t = 0.4), w = 15, with noise 2;
     * DDNM: weight = "paper", w = infinity. DDIM: weight = "paper", w = 0;
-    * PiGDM (Song et al., ICLR 2023): integrator = "discrete", weight = "bayes", tau = infinity (r = sigma), jacobian = "k",
-      eta = 1; as an Euler method for the guided flow: integrator = "euler", tau = 1;
+    * PiGDM (Song et al., ICLR 2023): integrator = "discrete", weight = "bayes", tau = infinity, jacobian = "k", eta = 1; that is
+      r = sigma, which without noise cancels and with it is a choice; as an Euler method for the guided flow: integrator =
+      "euler", tau = 1;
     * DPS, latent DPS and GML-DPS are settings of `sample_psld`.
 
     Args:
@@ -109,7 +110,7 @@ def sample_cpigdm(
     check_choices({"jacobian": (jacobian, JACOBIANS), "integrator": (integrator, INTEGRATORS)})
     if eta is None:
         eta = 2.0 if weight == "dual" else 0.0
-    check_common(x, sigmas, measurement, eta, inner_steps, last_steps)
+    measurement = check_common(x, sigmas, measurement, eta, inner_steps, last_steps)
     _check_numbers(w=w, tau=tau, reach=reach, spread=spread, lam=lam, stop=stop)
     plain = weight != "dual" and integrator != "conjugate"
     if weight == "dual" and (jacobian != "off" or integrator != "conjugate" or lam):
@@ -117,7 +118,7 @@ def sample_cpigdm(
     if plain and lam:
         raise ValueError(f'lam: got {lam} with integrator {integrator!r}; it belongs to "conjugate"')
     extra_args = extra_args or {}
-    free = extra_args.get("denoise_mask")
+    free = held_back(extra_args.get("denoise_mask"))
     pixels = autoencoder is None
     if tau is None or weight == "paper":
         tau = 0.1**0.5 if pixels else 1.0
@@ -147,7 +148,7 @@ def sample_cpigdm(
             target, change = method.step(seen, x0, innovation, levels[i], levels[i + 1])
             deviation = spread * float(levels[i] ** -2 + tau**-2) ** -0.5
             x = ddim_step(x, target, sigma, sigma_next, eta, noise, deviation) + change
-            if free is not None and sigma_next == 0 and pixels:
+            if free is not None and sigma_next == 0 and pixels and w > 0:
                 # No closed form meets what of y the free pixels can meet.
                 part = reachable(measurement, free)
                 x, _ = match_by_decoder(denoised, part, None, last_steps, noise_norm(part), last=True, free=free)
@@ -171,6 +172,9 @@ class Dual:
     length in units of sigma is kept between steps, that is nu grows by sqrt((sigma^2 + k) / (sigma_next^2 + k)) with k = noise^2
     / l, the noise of a direction in units of x. Steps smaller than a factor of e^(1/4) in sigma add only a share of d. And
     `reach` bounds the length, per image.
+
+    The step to sigma 0 is the result, in which too large an r lets the noise in, and a network's x0 is often nearer to the truth than
+    C says. Where x0 is so near to y that this shows, the correction is for an error of the size that the residual tells.
     """
 
     RATE = 4.0  # Newton steps for each factor of e in sigma
@@ -200,6 +204,8 @@ class Dual:
         nu = torch.zeros_like(innovation) if self.nu is None else self.nu
         d = space.gram(innovation - n * nu, lambda values: 1 / (values * variance + n))
         target = x0 + variance.to(x0) * space.adjoint(d)
+        if t == 0 and n > 0:
+            target = space.settled(x0, float(variance) ** 0.5, target)
         if t > 0:
             nu = nu + (1 - (t / s) ** self.RATE).to(d) * d
             nu = space.gram(nu, lambda values: ((values * s**2 + n) / (values * t**2 + n)).sqrt())

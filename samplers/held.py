@@ -9,6 +9,11 @@ from torch.nn.functional import interpolate
 SHARE = 0.1  # of a value's size, which the free part must make up for it to count
 
 
+def held_back(free: Tensor | None) -> Tensor | None:
+    """A noise mask, or None where it holds nothing."""
+    return free if free is not None and bool((free < 1).any()) else None
+
+
 def reachable(measurement: Any, free: Tensor | None) -> Any:
     """The measurement, without the values that the free part does not reach. free: above 0 where the state may move; None: everywhere."""
     return measurement if free is None else Reachable(measurement, free > 0)

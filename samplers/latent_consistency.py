@@ -157,9 +157,13 @@ def closer(
         fit: ||A D(start) - y||, (B,).
         noise_norm: ||A D(z) - y|| at which an image agrees, (B,), from `pixels.noise_norm`.
     """
-    image = z if autoencoder is None else autoencoder.decode(z)
     near = torch.maximum(fit, (1 + ARRIVED) * noise_norm)
-    return torch.where(per_image(measurement.residual_norm(image) <= near, z), z, start)
+    return torch.where(per_image(residual_of(z, measurement, autoencoder) <= near, z), z, start)
+
+
+def residual_of(z: Tensor, measurement: Any, autoencoder: Autoencoder | None) -> Tensor:
+    """||A D(z) - y||, (B,)."""
+    return measurement.residual_norm(z if autoencoder is None else autoencoder.decode(z))
 
 
 def match_by_encoder(z: Tensor, measurement: Any, autoencoder: Autoencoder, steps: int) -> tuple[Tensor, Tensor]:

@@ -42,11 +42,26 @@ def expected_error(x: Tensor, measurement: Any) -> Tensor:
         x: (B, C, H, W) in [-1, 1].
         measurement: `y` (1 or B, c, h, w), `operator`, `sigma`.
     """
-    operator = measurement.operator
     excess = measurement.residual_norm(x) ** 2 - noise_norm(measurement) ** 2
-    draw = torch.randn(operator.in_shape, generator=torch.Generator().manual_seed(0)).to(x)
-    trace = operator.A(draw.expand(x.shape).contiguous()).square().flatten(1).sum(1)
+    trace = _trace(measurement.operator, x)
     return (excess.clamp(min=0) / torch.where(trace == 0, 1.0, trace)).sqrt()
+
+
+def contradicts(x: Tensor, measurement: Any, error: float) -> Tensor:
+    """Whether x is so near to y that its error must be less than `error`, a standard deviation of white errors, (B,) bool.
+
+    By three standard deviations of ||A x - y||^2, as if its values were independent: a few values contradict nothing.
+    """
+    noise = noise_norm(measurement) ** 2
+    values = measured(measurement.operator, measurement.y).flatten(1).sum(1)
+    expected = noise + error**2 * _trace(measurement.operator, x)
+    return measurement.residual_norm(x) ** 2 < (1 - 3 * (2 / values.clamp(min=1)) ** 0.5) * expected
+
+
+def _trace(operator: Any, x: Tensor) -> Tensor:
+    """tr(A A^T), from one random picture, (B,)."""
+    draw = torch.randn(operator.in_shape, generator=torch.Generator().manual_seed(0)).to(x)
+    return operator.A(draw.expand(x.shape).contiguous()).square().flatten(1).sum(1)
 
 
 def enforce_consistency(x: Tensor, measurement: Any, error: float | None = None, sweeps: int = 20) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_choices, check_common
-from .held import reachable
-from .latent_consistency import closer, match_by_decoder, spread_of
+from .held import held_back, reachable
+from .latent_consistency import closer, match_by_decoder, residual_of, spread_of
 from .pixels import noise_norm
 from .steps import Autoencoder, ddim_step, noise_sampler, per_image, vjp
 
@@ -67,8 +67,9 @@ def sample_psld(
 ) -> Tensor:
     """Sample the posterior with PSLD. Every norm, step and random number is per image: a batch equals single runs.
 
-    Relatives of PSLD as settings: gamma = 0 is latent DPS; glue = "goodness" is GML-DPS (eq. 8 of the paper); autoencoder = None
-    and gamma = 0 is DPS (Chung et al., ICLR 2023).
+    Relatives of PSLD as settings: gamma = 0 is latent DPS; glue = "goodness" is GML-DPS (eq. 8 of the paper); autoencoder = None,
+    gamma = 0, eta = 1 and omega = 2 zeta' is DPS with the step size zeta' (Chung et al., ICLR 2023, which differentiates the
+    squared norm).
 
     The paper's steps omega grad ||A D(z0) - y|| have a length that knows neither the number of steps nor the operator, which is
     why it takes 1000 of them. rule = "line_search" finds the length instead, in 20 to 50 calls: conjugate gradients with an
@@ -87,7 +88,8 @@ def sample_psld(
         measurement: `Measurement` on the device of x.
         autoencoder: E and D, or None for a pixel-space model.
         omega: weight of the measurement term ||A D(z0) - y||: a number, or a matrix (d, d), d = c h w, that multiplies its
-            gradient (the matrix steps of the paper's theory). With rule = "line_search" the share of the found step, a number.
+            gradient (the matrix steps of the paper's theory). With rule = "line_search" the share of the found step, a number; the
+            step to sigma 0 goes all the way.
         gamma: the same for the gluing term ||E(A^+ y + (I - A^+ A) D(z0)) - z0||; 0 with rule = "line_search".
         eta: fresh noise: 0 is DDIM, 1 is DDPM.
         glue: "pinv"; "adjoint" for the letter of the paper; "goodness" for ||E(D(z0)) - z0||.
@@ -104,14 +106,15 @@ def sample_psld(
             sigmas, batches that do not fit.
     """
     check_choices({"glue": (glue, GLUES), "rule": (rule, RULES)})
-    check_common(x, sigmas, measurement, eta, inner_steps, last_steps)
+    measurement = check_common(x, sigmas, measurement, eta, inner_steps, last_steps)
     _check_weights(x, omega, gamma, rule)
     glued = glue if isinstance(gamma, Tensor) or gamma > 0 else None
     extra_args = extra_args or {}
     noise = noise_sampler(x, extra_args.get("seed"))
     search = None
     if rule == "line_search":
-        search = LineSearch(measurement, autoencoder, omega, inner_steps, last_steps, extra_args.get("denoise_mask"))
+        free = held_back(extra_args.get("denoise_mask"))
+        search = LineSearch(measurement, autoencoder, omega, inner_steps, last_steps, free)
     x = x.detach()
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         through_network = search is None or bool(sigma_next > 0)
@@ -160,7 +163,8 @@ class LineSearch:
         last_steps: int,
         free: Tensor | None = None,
     ) -> None:
-        self.measurement, self.autoencoder, self.free = reachable(measurement, free), autoencoder, free
+        self.whole, self.measurement = measurement, reachable(measurement, free)
+        self.autoencoder, self.free = autoencoder, free
         self.omega, self.inner_steps, self.last_steps = omega, inner_steps, last_steps
         self.noise_norm = noise_norm(self.measurement)
 
@@ -171,16 +175,17 @@ class LineSearch:
         prior = None if self.autoencoder is None else (z0.detach(), spread_of(sigma))
         given = (self.measurement, self.autoencoder, steps, self.noise_norm, prior, last)
         target, fit = match_by_decoder(z0, *given, free=self.free)
-        if last:
-            with torch.no_grad():
-                return closer(target, z0, fit, self.measurement, self.autoencoder, self.noise_norm) - z0, fit
+        with torch.no_grad():
+            shown = fit if self.free is None else residual_of(z0, self.whole, self.autoencoder)
+            if last:
+                return closer(target, z0, fit, self.measurement, self.autoencoder, self.noise_norm) - z0, shown
         move = self.omega * (target - z0.detach())
         back = vjp(z0, x, move)
         size, length = (v.flatten(1).norm(dim=1) for v in (move, back))
         # Where the network hardly reacts to x the scale explodes: never move x by more than the noise it still has.
         longest = sigma_next * x[0].numel() ** 0.5
         tiny = torch.finfo(x.dtype).tiny ** 0.5
-        return per_image(torch.minimum((size / length.clamp(min=tiny)) ** 2, longest / length.clamp(min=tiny)), x) * back, fit
+        return per_image(torch.minimum((size / length.clamp(min=tiny)) ** 2, longest / length.clamp(min=tiny)), x) * back, shown
 
 
 def _weighted_gradient(

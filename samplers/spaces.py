@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .held import reachable
-from .latent_consistency import closer, match_by_decoder, match_by_encoder, spread_of
-from .pixels import noise_norm
-from .steps import Autoencoder
+from .latent_consistency import closer, match_by_decoder, match_by_encoder, residual_of, spread_of
+from .pixels import contradicts, expected_error, noise_norm
+from .steps import Autoencoder, per_image
 
 Spectral = Callable[[Tensor], Tensor]
 
@@ -60,11 +60,23 @@ class NoisyPixels(Space):
 
     def __init__(self, measurement: Any, free: Tensor | None = None) -> None:
         self.operator, self.y, self.noise, self.free = measurement.operator, measurement.y, measurement.sigma, free
+        self.measurement = measurement
         self.top = self.operator.norm() ** 2
 
     def innovation(self, x0: Tensor, prior_mean: Tensor, sigma: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         residual = self.y - self.operator.A(x0)
         return residual, torch.linalg.vector_norm(residual.flatten(1), dim=1)
+
+    def settled(self, x0: Tensor, error: float, target: Tensor) -> Tensor:
+        """`target`, x0 corrected for errors of this size; or where x0 is too near to y for that, x0 corrected for what its residual shows."""
+        wrong = contradicts(x0, self.measurement, error)
+        if not bool(wrong.any()):
+            return target
+        means = [
+            self.operator.select(i).prox_l2(x0[i : i + 1], self.y[i : i + 1], (shown / self.noise) ** 2)
+            for i, shown in enumerate(expected_error(x0, self.measurement).tolist())
+        ]
+        return torch.where(per_image(wrong, x0), x0 + self.freed(torch.cat(means) - x0), target)
 
     def gram(self, v: Tensor, h: Spectral) -> Tensor:
         return self.operator.gram(v, _wide(h))
@@ -115,9 +127,8 @@ class Latents(Space):
         stop: float,
         free: Tensor | None = None,
     ) -> None:
-        if consistency == "decoder":
-            measurement = reachable(measurement, free)
-        self.measurement, self.autoencoder, self.consistency = measurement, autoencoder, consistency
+        self.whole, self.autoencoder, self.consistency = measurement, autoencoder, consistency
+        self.measurement = measurement = reachable(measurement, free) if consistency == "decoder" else measurement
         self.inner_steps, self.last_steps, self.tau, self.stop = inner_steps, last_steps, tau, stop
         self.free = free
         self.noise_norm = noise_norm(measurement)
@@ -133,7 +144,7 @@ class Latents(Space):
             target = x0 + self.freed(target - x0)
         if last:
             target = closer(target, x0, fit, self.measurement, self.autoencoder, self.noise_norm)
-        return target - x0, fit
+        return target - x0, fit if self.measurement is self.whole else residual_of(x0, self.whole, self.autoencoder)
 
     def adjoint(self, v: Tensor) -> Tensor:
         return v  # the innovation is free of what is held

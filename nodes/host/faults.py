@@ -101,6 +101,7 @@ class Course:
         """Forget an attempt that ran out of memory."""
         self.done = 0
         self.denoised: Tensor | None = None
+        self.last: dict[str, Any] | None = None  # the callback's last step, once there
 
     def passed(self, step: dict[str, Any]) -> None:
         """Take in one step of a sampler's callback."""

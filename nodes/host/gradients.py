@@ -24,18 +24,34 @@ def gradients() -> Iterator[None]:
         vars(mm).update(switch)
 
 
-def normal_weights(module: torch.nn.Module, differentiated: bool = True, role: str = "model") -> int:
+@contextlib.contextmanager
+def as_any_sampler() -> Iterator[None]:
+    """Inside `gradients`, for what has none: ComfyUI as it is for its own samplers."""
+    import comfy.model_management as mm
+
+    switch = {name: getattr(mm, name) for name in ("in_training",) if hasattr(mm, name)}
+    vars(mm).update(dict.fromkeys(switch, False))
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        vars(mm).update(switch)
+
+
+def normal_weights(module: torch.nn.Module, role: str = "model") -> int:
     """Replace inference-mode parameters and buffers by normal tensors on the same storage; no copy is made.
 
     Must run outside inference mode, after the last model load of a run (patching a LoRA makes inference tensors again).
     The shared module stays usable everywhere else: the numbers are the same memory.
 
     Args:
-        differentiated: whether a gradient goes through the module; quantised weights are refused then, and left alone else.
         role: the input that the module came in by, for the error.
 
     Returns:
         How many tensors were replaced.
+
+    Raises:
+        ValueError: quantised weights, whose gradient is wrong.
     """
     quantised: tuple[type, ...] = ()
     with without("telling quantised weights, whose gradient is wrong"):
@@ -48,8 +64,6 @@ def normal_weights(module: torch.nn.Module, differentiated: bool = True, role: s
         for tensors in (owner._parameters, owner._buffers):
             for name, old in tensors.items():
                 if isinstance(old, quantised):
-                    if not differentiated:
-                        continue
                     raise ValueError(
                         f"{role}: the weights of {type(module).__name__} are quantised ({type(old).__name__}, at {name}), which has no "
                         "gradient here; load a float16, bfloat16 or float32 checkpoint of this model"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .gradients import normal_weights
+from .memory import GIB, out_of_memory
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ def _incomplete(network: torch.nn.Module) -> bool:
 
 @contextlib.contextmanager
 def resident(guider: Any, vae: Any, memory: float, network_gradient: bool = True) -> Iterator[Loaded]:
-    """Load everything that a guider and a VAE run, side by side and whole, with normal weights.
+    """Load everything that a guider and a VAE run, side by side; whole, with normal weights, what must have a gradient.
 
     Args:
         memory: bytes that the run needs beside the weights, for the host to make room.
-        network_gradient: False where only the VAE must have a gradient; the others may be quantised then.
+        network_gradient: False where only the VAE must have one. The host then loads the diffusion model as for any sampler: it
+            may be quantised, paged, or in parts on the device.
     """
     import comfy.model_management as mm
 
@@ -87,7 +89,7 @@ def resident(guider: Any, vae: Any, memory: float, network_gradient: bool = True
     twins: list[Any] = []
 
     def stay(patcher: Any, what: str) -> Any:
-        twin = static_patcher(patcher, what)
+        twin = static_patcher(patcher, what) if network_gradient else patcher
         if twin is not patcher:
             twins.append(twin)
         return twin
@@ -102,22 +104,24 @@ def resident(guider: Any, vae: Any, memory: float, network_gradient: bool = True
             guider.uncond_model_patcher, guider.uncond_inner = patchers[1], patchers[1].model
         called = [patcher.model.diffusion_model for patcher in patchers]
         for control in controls(guider):
-            stays[control] = static_control(control, guider.inner_model)
+            stays[control] = static_control(control, guider.inner_model) if network_gradient else control
             patchers += stays[control].get_models()
         _replace_controls(guider, stays)
         vae_patcher = None if vae is None else static_patcher(vae.patcher, "vae")
+        whole = patchers if network_gradient else []
         if vae_patcher is not None:
-            patchers.append(vae_patcher)
-
-        mm.load_models_gpu(patchers, memory_required=memory, force_full_load=True)
+            whole = [*whole, vae_patcher]
+        if whole:
+            _load_whole(whole, memory)
+        if not network_gradient:  # with the VAE among them, so that it stays
+            mm.load_models_gpu([*whole, *patchers], memory_required=memory)
         for twin in twins:
             twin.pre_run()
         of_controls = list(control_networks(guider))
         called += of_controls
-        for network in (*(patcher.model for patcher in patchers), *called):
+        for network in (*(patcher.model for patcher in whole), *(called if network_gradient else [])):
             of_vae = vae_patcher is not None and network is vae_patcher.model
-            role = "vae" if of_vae else "positive, negative" if network in of_controls else "model"
-            normal_weights(network, network_gradient or of_vae, role)
+            normal_weights(network, "vae" if of_vae else "positive, negative" if network in of_controls else "model")
         yield Loaded(None if vae_patcher is None else vae_patcher.model, list(dict.fromkeys(called)))
     finally:
         for twin in twins:
@@ -126,6 +130,21 @@ def resident(guider: Any, vae: Any, memory: float, network_gradient: bool = True
             if stay_control is not control:
                 stay_control.cleanup()
         vars(guider).update(before)
+
+
+def _load_whole(patchers: list[Any], memory: float) -> None:
+    import comfy.model_management as mm
+
+    try:
+        mm.load_models_gpu(patchers, memory_required=memory, force_full_load=True)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        weights = sum(patcher.model_size() for patcher in patchers) / GIB
+        raise torch.cuda.OutOfMemoryError(
+            f"memory: what has a gradient must be loaded whole, here {weights:.1f} GB of weights, for which there is no room ({error}). "
+            "C-PiGDM loads only the VAE so; otherwise take a smaller model, or one in float16"
+        ) from error
 
 
 _SWAPPED = ("model_patcher", "inner_model", "uncond_model_patcher", "uncond_inner", "conds", "_uncond_conds")

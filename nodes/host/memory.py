@@ -48,7 +48,7 @@ class Estimate:
     Attributes:
         weights: of diffusion model, VAE and ControlNets.
         stages: network, decoder, encoder, as far as a gradient goes through them.
-        forward: what a pass of the network takes without a gradient, by the host's own estimate; 0 where it has one.
+        forward: what a pass of the network (or of the VAE) takes without a gradient, by the host's own estimate; 0 where it has one.
         copies: largest tensors that the backward pass of one layer holds beside what was saved (in, out, and workspace).
     """
 
@@ -102,11 +102,13 @@ class Plan:
         need: of each of them; None before the first, and where there is no estimate.
         unknown: why there is none.
         mode: that one of them had to fall back to; the next ones begin in it.
+        lighter: whether one had to fall back to the lighter options; the next ones begin with them.
     """
 
     need: Estimate | None = None
     unknown: str = ""
     mode: str | None = None
+    lighter: bool = False
 
 
 def estimate(
@@ -116,6 +118,8 @@ def estimate(
     passes: int = 2,
     controls: tuple[nn.Module, ...] = (),
     network_gradient: bool = True,
+    decoder_gradient: bool = True,
+    beside: tuple[nn.Module, ...] = (),
 ) -> Estimate:
     """What a step needs, from the networks themselves: they run on fake tensors, which have shapes and no memory.
 
@@ -126,6 +130,8 @@ def estimate(
         passes: network passes for each step, 2 with classifier-free guidance.
         controls: ControlNets, counted in proportion to their size.
         network_gradient: whether a gradient goes through the network, or only through the VAE's decoder.
+        decoder_gradient: False where none goes through the decoder either.
+        beside: other models in memory, whose passes are among those above.
 
     Raises:
         RuntimeError: the network needs inputs that only its own conditioning can give.
@@ -140,7 +146,7 @@ def estimate(
         vae = None
     with gradients():  # quantised weights cannot be listed in inference mode
         sizes = [module_size(network) for network in (model, *controls)]
-        weights = sum(sizes) + (0 if vae is None else module_size(vae.first_stage_model))
+        weights = sum((*sizes, *map(module_size, beside))) + (0 if vae is None else module_size(vae.first_stage_model))
     share = sum(sizes) / sizes[0]
     stages: list[Stage] = []
     wide, forward = (passes * shape[0], *shape[1:]), 0
@@ -156,6 +162,12 @@ def estimate(
                 latent = torch.empty(shape, dtype=vae.vae_dtype, device=device)
                 side = vae.upscale_ratio
                 image = latent.new_empty((shape[0], 3, shape[2] * side, shape[3] * side))
+                if not (network_gradient or decoder_gradient):
+                    passes_of_vae = (
+                        vae.memory_used_decode(latent.shape, vae.vae_dtype),
+                        vae.memory_used_encode(image.shape, vae.vae_dtype),
+                    )
+                    return Estimate(int(weights), (), max(forward, *map(int, passes_of_vae)))
                 stages.append(_measure(network, lambda network, z: network.decode(z), latent))
                 if network_gradient:
                     stages.append(_measure(network, lambda network, image: network.encode(image), image))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,13 +23,13 @@ from .faults import (
     stop_when_interrupted,
     stoppable_backward,
 )
-from .gradients import differentiable_options, gradients, normal_tensors
+from .gradients import as_any_sampler, differentiable_options, gradients, normal_tensors
 from .internals import naming_what_is_missing
 from .loading import Loaded, control_networks, controls, resident
 from .memory import GIB, Estimate, Plan, estimate, free_memory, out_of_memory, release_memory
 from .readout import Readout, throw_if_interrupted
 from .recompute import MODES, recomputing
-from .refusals import check_attention, refuse_unsupported, state_of
+from .refusals import check_attention, check_falling, refuse_unsupported, state_of
 
 log = logging.getLogger("comfyui-posterior")
 
@@ -97,6 +98,7 @@ def run_on_host(
     model_options = extra_args["model_options"]
     refuse_unsupported(guider, x, model_options, network_gradient)
     state = state_of(guider.inner_model.model_sampling)
+    check_falling(sigmas)
     if vae is not None:
         check_vae(vae, guider.inner_model.latent_format)
     check_sizes(x, measurement, vae)
@@ -107,7 +109,8 @@ def run_on_host(
         log.warning(line)
         readout.note(line)
     plan = Plan() if plan is None else plan
-    need, memory = needed(plan, guider, vae, x, network_gradient), plan.mode or memory
+    by_encoder = options.get("consistency") == "encoder"
+    need, memory = needed(plan, guider, vae, x, network_gradient, not by_encoder), plan.mode or memory
     room = 1e30 if need is None else need.activations(MODES[0] if memory == "auto" else memory)
 
     with gradients(), resident(guider, vae, room, network_gradient) as loaded:
@@ -130,11 +133,19 @@ def run_on_host(
         codec = None
         if loaded.vae is not None:
             codec = Codec(loaded.vae, guider.inner_model.latent_format, vae.device, vae.vae_dtype)
-        denoise, course = denoiser(model, state), Course(sigmas_k)
+        mask, of_the_step = extra_args.get("denoise_mask"), model_options.get("denoise_mask_function")
+        if mask is not None and of_the_step is not None:
+            # The mask that Differential Diffusion has at each step is the model's; what it frees in the end, guidance may move.
+            end = sigmas[-2] if sigmas[-1] == 0 else sigmas[-1]
+            about = {"model": guider, "sigmas": sigmas}
+            extra_args["denoise_mask"] = of_the_step(end.expand(len(x)), mask, extra_options=about)
+        denoise, course = denoiser(model, state, mask, network_gradient), Course(sigmas_k)
 
         def run(codec: Codec | None, options: dict[str, Any]) -> Tensor:
             course.begin()
-            if check_gradients:
+            if check_gradients and options.get("consistency") == "encoder":
+                readout.note("gradient check: nothing to compare, as consistency encoder takes no gradient")
+            elif check_gradients:
                 sigma = sigmas_k[0].expand(len(start))
                 if network_gradient:
                     precision = lowest_precision(guider.inner_model, codec)
@@ -170,6 +181,8 @@ def run_on_host(
             check_finite(result, "the last correction made NaN or infinite values; lower omega or w, or try another precision")
         except NotFinite as error:
             raise course.ended(error, codec) from error
+        if callback is not None and course.last is not None:
+            callback({**course.last, "denoised": result})
         readout.finish()
         return state.from_k(result, sigmas_k[-1])
 
@@ -200,6 +213,9 @@ def run_in_memory(
     if codec is not None and lighter and any(options.get(name) != value for name, value in lighter.items()):
         said = " and ".join(f"{name} {value}" for name, value in lighter.items())
         ways.append((f"with {said}, which follows the photo less closely", MODES[-1], {**options, **lighter}))
+        if plan.lighter:
+            ways = ways[-1:]
+            readout.note(f"memory: {ways[0][0]}, as for the photo before")
     while True:
         name, mode, given = ways.pop(0)
         try:
@@ -213,7 +229,7 @@ def run_in_memory(
                 raise _too_large(plan.need, size, free, device, error) from error
         # Out of the except clause, where the error no longer holds the tensors of the frames it went through.
         release_memory()
-        plan.mode = ways[0][1]
+        plan.mode, plan.lighter = ways[0][1], ways[0][2] is not options
         note = f"out of memory {name}; started again {ways[0][0]}"
         log.warning(note)
         readout.restart(note)
@@ -238,19 +254,35 @@ def residual_scale(measurement: Any) -> Tensor:
     return 1 / (2 * counts.cpu().clamp(min=1).sqrt())
 
 
-def needed(plan: Plan, guider: Any, vae: Any, x: Tensor, network_gradient: bool) -> Estimate | None:
+def needed(
+    plan: Plan, guider: Any, vae: Any, x: Tensor, network_gradient: bool, decoder_gradient: bool = True
+) -> Estimate | None:
     """The estimate for a guider's next run, the plan's after the first, or None where the model does not allow one."""
     if plan.need is not None or plan.unknown:
         return plan.need
-    groups = [group for kind, group in guider.conds.items() if kind == "positive" or getattr(guider, "cfg", 0) != 1]
-    passes = max(1, sum(len(group) for group in groups))
     nets = tuple(dict.fromkeys(control_networks(guider)))
+    # Guider_DualModel's, of which a pass takes what one of the first takes.
+    second = getattr(guider, "uncond_inner", None)
+    beside = () if second is None or second is guider.inner_model else (second,)
+    given = (tuple(x.shape), passes(guider), nets, network_gradient, decoder_gradient, beside)
     try:
-        plan.need = estimate(guider.inner_model, vae, tuple(x.shape), passes, nets, network_gradient)
+        plan.need = estimate(guider.inner_model, vae, *given)
     except RuntimeError as error:
         plan.unknown = str(error)
         log.warning("%s; memory auto means lowest for this run", error)
     return plan.need
+
+
+def passes(guider: Any) -> int:
+    """Network passes of a step: one for each conditioning, of the positive ones alone where the guider's own cfg of 1 skips the others."""
+    from comfy.samplers import CFGGuider
+
+    skips = (
+        getattr(type(guider), "predict_noise", None) is CFGGuider.predict_noise  # others combine conditionings in their own way
+        and math.isclose(guider.cfg, 1.0)
+        and not guider.model_options.get("disable_cfg1_optimization", False)
+    )
+    return max(1, sum(len(group) for kind, group in guider.conds.items() if kind == "positive" or not skips))
 
 
 def lowest_precision(model: Any, codec: Codec | None) -> torch.dtype:
@@ -259,15 +291,26 @@ def lowest_precision(model: Any, codec: Codec | None) -> torch.dtype:
     return max(kinds, key=lambda kind: torch.finfo(kind).eps)
 
 
-def denoiser(model: Any, state: State) -> Callable[..., Tensor]:
-    """`model(x, sigma, **extra_args)` -> x0 in the k-state, around the host's model; without a gradient it is an error."""
+def denoiser(model: Any, state: State, mask: Tensor | None, network_gradient: bool) -> Callable[..., Tensor]:
+    """`model(x, sigma, **extra_args)` -> x0 in the k-state, around the host's model; without a gradient it is an error.
+
+    Args:
+        mask: what the host's model takes for `denoise_mask`.
+        network_gradient: False where the model runs as under any other sampler.
+    """
 
     def denoise(x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        extra_args["denoise_mask"] = mask
         check_finite(
             x, "the guidance of the step before made NaN or infinite values; lower omega or w, or try another precision"
         )
         x_host = state.from_k(x, sigma.reshape(-1, 1, 1, 1))
-        denoised = model(x_host, state.sigma_from_k(sigma), **extra_args)
+        if network_gradient:
+            denoised = model(x_host, state.sigma_from_k(sigma), **extra_args)
+        else:
+            with as_any_sampler():
+                denoised = model(x_host, state.sigma_from_k(sigma), **extra_args)
+            denoised = denoised.clone()  # a normal tensor again
         if x.requires_grad and torch.is_grad_enabled() and not denoised.requires_grad:
             raise ValueError("model: its output has no gradient, for a patch or wrapper on it computes without one; remove it")
         check_finite(denoised, "the model returned NaN or infinite values; try a lower cfg or another precision")
@@ -285,7 +328,10 @@ def host_callback(
         throw_if_interrupted()
         course.passed(step)
         readout.step(step["i"], course.steps, float(step["sigma"]), step.get("residual"))
-        if callback is not None:
-            callback({**step, "x": state.from_k(step["x"], step["sigma"])})
+        step = {**step, "x": state.from_k(step["x"], step["sigma"])}
+        if step["i"] + 1 == course.steps and course.sigmas[-1] == 0:
+            course.last = step  # to be shown with the result, which what the host keeps as denoised_output then is
+        elif callback is not None:
+            callback(step)
 
     return report

@@ -53,12 +53,20 @@ def refuse_unsupported(guider: Any, x: Tensor, model_options: dict[str, Any], ne
         log.warning("Token merging is active: its choice of tokens is not differentiable, so the guidance is only approximate.")
 
 
+def check_falling(sigmas: Tensor) -> None:
+    """Refuse noise levels that rise, as the host has them: the samplers go down."""
+    if bool((sigmas[:-1] < sigmas[1:]).any()):
+        raise ValueError(f"sigmas: got {[round(s, 4) for s in sigmas.tolist()]}, expected noise levels that fall; flip them")
+
+
 def check_prompts(guider: Any) -> None:
     """Refuse a prompt with NaN, or of another family's text encoder, as far as the model's configuration tells its own."""
-    config = guider.inner_model.model_config.unet_config
-    embedder = (config.get("context_embedder_config") or {}).get("params", {})
-    width = config.get("context_dim") or embedder.get("in_features")
     for kind, group in guider.conds.items():
+        # Guider_DualModel gives its second model the negative prompt.
+        second = getattr(guider, "uncond_inner", None) if kind == "negative" else None
+        config = (second or guider.inner_model).model_config.unet_config
+        embedder = (config.get("context_embedder_config") or {}).get("params", {})
+        width = config.get("context_dim") or embedder.get("in_features")
         for cond in group:
             conds = {name: getattr(part, "cond", None) for name, part in cond.get("model_conds", {}).items()}
             # Masks of attention hold -inf on purpose.

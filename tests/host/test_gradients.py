@@ -137,6 +137,23 @@ def test_two_models_in_one_guider(cfg: float, sd15: Host, tiny: Callable[..., Pa
     assert_gradient(sd15, guider=guider)
 
 
+def test_two_models_of_two_families_in_one_guider(sd15: Host, hosts: Callable[..., Host]) -> None:
+    """Each prompt is that of its own model."""
+    extras = nodes_custom_sampler()
+    needs(hasattr(extras, "Guider_DualModel"), "Guider_DualModel")
+    guider = extras.Guider_DualModel(sd15.model, hosts("sd21v").model)
+    guider.set_conds(conditioning("sd15", 1), conditioning("sd21v", 2))
+    guider.set_cfg(3.0)
+    assert_gradient(sd15, guider=guider)
+    estimates = []
+    for second in (hosts("sd21v"), sd15):
+        guider.uncond_inner = second.model.model
+        guider.conds, guider.inner_model = {"positive": [{}], "negative": [{}]}, sd15.model.model
+        plan = sd15.pack.nodes.host.memory.Plan()
+        estimates.append(sd15.pack.nodes.host.plugin.needed(plan, guider, sd15.vae, sd15.latent(), True))
+    assert estimates[0].weights > estimates[1].weights  # of both models, not of the first alone
+
+
 def basic(h: Host) -> Any:
     guider = nodes_custom_sampler().Guider_Basic(h.model)
     guider.set_conds(conditioning("sd15", 1))
@@ -162,6 +179,24 @@ def perp_neg(h: Host) -> Any:
 @pytest.mark.parametrize("guider", [basic, dual_cfg, perp_neg])
 def test_other_guiders(guider: Callable[[Host], Any], sd15: Host) -> None:
     assert_gradient(sd15, guider=guider(sd15))
+
+
+@pytest.mark.parametrize(
+    ("guider", "expected"),
+    [(basic, 1), (dual_cfg, 3), (perp_neg, 3), (lambda h: h.guider(cfg=3.0), 2), (lambda h: h.guider(cfg=1.0), 1)],
+)
+def test_passes_of_a_step_are_counted_as_the_guider_makes_them(
+    guider: Callable[[Host], Any], expected: int, sd15: Host
+) -> None:
+    batches: list[int] = []
+    handle = sd15.model.model.diffusion_model.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
+    guider, counted = guider(sd15), []
+    probe = Probe(lambda model, x, **_: (counted.append(sd15.pack.nodes.host.plugin.passes(guider)), model(x)))
+    try:
+        sd15.sample(sd15.sampler(probe), guider=guider, steps=1)
+    finally:
+        handle.remove()
+    assert counted == [sum(batches)] == [expected]
 
 
 @pytest.mark.parametrize("from_the_top", [False, True])

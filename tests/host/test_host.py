@@ -366,6 +366,28 @@ def test_sampler_custom_and_its_advanced_form_agree(noise: bool, hosts: Callable
     assert float((found - latent["samples"]).abs().mean()) > 0.01
 
 
+@pytest.mark.parametrize("solve", ["sample_psld", "sample_cpigdm"])
+def test_denoised_output_is_the_result(solve: str, hosts: Callable[..., Host]) -> None:
+    """With the last correction, which comes after the network's own estimate."""
+    extras, h, steps = nodes_custom_sampler(), hosts("sd15"), []
+    options = {"rule": "line_search", "gamma": 0.0} if solve == "sample_psld" else {}
+    sampler = h.sampler(getattr(h.pack.samplers, solve), **options)
+    sigmas, latent = torch.tensor([2.0, 0.5, 0.0]), {"samples": h.latent()}
+    with torch.inference_mode():
+        output, denoised = extras.SamplerCustomAdvanced().sample(
+            extras.Noise_RandomNoise(7), h.guider(), sampler, sigmas, latent
+        )
+    torch.testing.assert_close(denoised["samples"], output["samples"], rtol=0, atol=1e-5)
+    h.sample(sampler, sigmas=sigmas, callback=lambda step, denoised, x, total: steps.append(step))
+    assert steps == [0, 1]
+
+
+def test_rising_noise_levels_are_refused_as_the_user_gave_them(hosts: Callable[..., Host]) -> None:
+    h = hosts("sd3")
+    with pytest.raises(ValueError, match=r"sigmas: got \[0.1, 0.5, 0.9\], expected noise levels that fall"):
+        h.sample(h.sampler(h.pack.samplers.sample_psld), sigmas=torch.tensor([0.1, 0.5, 0.9]))
+
+
 # PSLD through the host --------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Latent noise masks: what they protect comes out as it was, by every rule."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,36 @@ def test_what_a_mask_protects_stays(arch: str, rule: str, hosts: Callable[..., H
     torch.testing.assert_close(result[..., :4], latent[..., :4], rtol=0, atol=1e-5)  # ComfyUI scales latents forth and back
     assert float((result - latent)[..., 4:].abs().max()) > 0.1
     assert float((plain - latent)[..., :4].abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_mask_that_holds_nothing_is_none(rule: str, hosts: Callable[..., Host]) -> None:
+    h = hosts("sd15")
+    name, options = RULES[rule]
+    sampler = h.sampler(getattr(h.pack.samplers, name), **options)
+    masked, plain = (h.sample(sampler, noise_mask=given) for given in (torch.ones(1, 1, 64, 64), None))
+    torch.testing.assert_close(masked, plain, rtol=0, atol=1e-4)
+
+
+def test_differential_diffusion_frees_for_guidance_what_it_frees_in_the_end(hosts: Callable[..., Host]) -> None:
+    """A graded mask: every part that is free in the last step comes as near to the photo as one that is free from the start."""
+    from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+
+    h = hosts("sd15")
+    model, mask, seen = h.model, torch.full((1, 1, 64, 64), 0.25), []
+    solve = h.pack.samplers.sample_cpigdm
+
+    def look(*args: Any, extra_args: dict, **given: Any) -> Tensor:
+        seen.append(extra_args["denoise_mask"])
+        return solve(*args, extra_args=extra_args, **given)
+
+    try:
+        h.model = DifferentialDiffusion.execute(model, 1.0).args[0]
+        graded = h.sample(h.sampler(look, network_gradient=False), noise_mask=mask, steps=4)
+    finally:
+        h.model = model
+    assert float(seen[0].min()) == float(seen[0].max()) == 1.0
+    assert bool(torch.isfinite(graded).all())
 
 
 class HeldLeft:
@@ -73,3 +104,19 @@ def test_what_is_held_does_not_decide_how_near_the_rest_comes(solve: str, apart:
     result = HeldLeft(y + apart * noise(1, 3, 32, 32, seed=6), 16).sample(pack, solve, operator, y, sigma)
     rms = float((result - y)[..., 16:].square().mean().sqrt())
     assert 0.9 * sigma < rms < 1.1 * sigma
+
+
+@pytest.mark.parametrize("solve", ["sample_psld", "sample_cpigdm"])
+def test_the_residual_told_is_that_of_the_whole_photo(solve: str, pack: Any) -> None:
+    held = 0.3 * noise(1, 3, 16, 16, seed=3)
+    operator, y, told = pack.operators.AreaDownscale((3, 16, 16), 4), 0.3 * noise(1, 3, 4, 4, seed=2), []
+    model = HeldLeft(held, 8)
+    options = {"rule": "line_search", "gamma": 0.0} if solve == "sample_psld" else {}
+    codec = SimpleNamespace(decode=lambda z: z, encode=lambda image: image)
+    measurement = pack.operators.Measurement(y, operator, 0.1)
+    getattr(pack.samplers, solve)(
+        model, 3 * noise(1, 3, 16, 16, seed=1), torch.tensor([3.0, 1.0, 0.0]), {"denoise_mask": model.mask}, told.append,
+        measurement=measurement, autoencoder=codec, **options
+    )  # fmt: skip
+    for step in told:
+        torch.testing.assert_close(step["residual"], measurement.residual_norm(step["denoised"]))

@@ -1,35 +1,15 @@
 """Models whose weights the host pages: a run works on twins that stay, with the same result, and the user's own are untouched."""
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.host_runs import Host, Probe, directional_derivatives, own_forwards, psld, pull_back
+from support.host_runs import Host, Probe, directional_derivatives, own_forwards, paged, psld, pull_back
 from support.host_versions import needs, nodes_custom_sampler
 from support.tiny_checkpoints import conditioning, write_controlnet
 from torch import Tensor
-
-
-def paged(patcher: Any) -> Any:
-    """The patcher as a class that says it pages, which a CPU never does; its twin is ComfyUI's real reload from the file."""
-    import comfy.model_patcher
-
-    needs("force_deepcopy" in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters, "deep copies of models")
-
-    class Paged(comfy.model_patcher.ModelPatcher):
-        def is_dynamic(self) -> bool:
-            return True
-
-        def get_non_dynamic_delegate(self) -> comfy.model_patcher.ModelPatcher:
-            twin = comfy.model_patcher.ModelPatcher.clone(self, force_deepcopy=True)
-            twin.__class__ = comfy.model_patcher.ModelPatcher
-            return twin
-
-    patcher.__class__ = Paged
-    return patcher
 
 
 @pytest.mark.parametrize("mode", ["fastest", "lowest"])

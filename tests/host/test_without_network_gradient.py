@@ -1,12 +1,15 @@
 """C-PiGDM differentiates through the VAE's decoder only: what the diffusion network cannot differentiate does not matter to it."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.host_runs import Host, Probe, Scarce, layer_of
+from support.host_runs import Host, Probe, Scarce, layer_of, paged
 from support.host_versions import needs
+from support.tiny_checkpoints import conditioning
+from torch import Tensor
 
 
 def cpigdm(h: Host, memory: str = "auto", lighter: dict[str, str] | None = None, **options: Any) -> Any:
@@ -99,3 +102,95 @@ def test_out_of_memory_falls_to_the_encoder_and_says_so(hosts: Callable[..., Hos
         h.sample(cpigdm(h, "fastest"))
     with Scarce(layer_of(h, "decode"), {1}), pytest.raises(torch.cuda.OutOfMemoryError, match="even in mode lowest"):
         h.sample(cpigdm(h, "lowest", lighter, **lighter))  # it is what runs already
+
+
+def test_asked_for_the_encoder_it_takes_no_gradient_at_all(hosts: Callable[..., Host]) -> None:
+    """Neither the check nor the estimate counts on the decoder's."""
+    h, notes = hosts("sd15"), []
+    expected = h.sample(cpigdm(h, consistency="encoder"))
+    result = h.sample(cpigdm(h, consistency="encoder", check_gradients=True, notes=notes))
+    assert torch.equal(result, expected)
+    assert any("takes no gradient" in note for note in notes)
+    shape = tuple(h.latent().shape)
+    by_encoder, by_decoder = (
+        h.pack.nodes.host.estimate(h.model.model, h.vae, shape, network_gradient=False, decoder_gradient=g)
+        for g in (False, True)
+    )
+    assert by_encoder.stages == ()
+    assert by_encoder.weights == by_decoder.weights
+    assert by_encoder.activations("fastest") >= h.vae.memory_used_decode(shape, h.vae.vae_dtype)
+
+
+def test_the_next_photo_begins_with_the_encoder_where_one_fell_back_to_it(
+    hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h, notes = hosts("sd15"), []
+    plugin, restore = h.pack.nodes.host.plugin, h.pack.nodes.restore
+    recomputing, modes = plugin.recomputing, []
+    monkeypatch.setattr(plugin, "recomputing", lambda mode, *given: modes.append(mode) or recomputing(mode, *given))
+    monkeypatch.setattr(plugin, "free_memory", lambda _: 2**40)
+    monkeypatch.setitem(restore.CALLS["C-PiGDM"], "fast", 1)
+    given = (h.model, h.vae, conditioning("sd15", 1), h.measurement(3), "C-PiGDM", "fast", 0, 1.0)
+    decoder = h.vae.first_stage_model.taesd_decoder[-1]
+
+    def fails(_: torch.nn.Module, __: object, output: Tensor) -> None:
+        if output.requires_grad:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    handle = decoder.register_forward_hook(fails)
+    try:
+        with torch.inference_mode():
+            restore.Restore.execute(*given)
+    finally:
+        handle.remove()
+    assert modes == ["fastest", "balanced", "lowest", "lowest", "lowest", "lowest"]  # and once for each of the next two photos
+    assert notes == []
+
+
+def test_a_network_that_the_host_pages_runs_as_under_any_sampler(
+    hosts: Callable[..., Host], tiny: Callable[..., Path], load: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the VAE, which has a gradient, is loaded whole and as a twin."""
+    import comfy.model_management as mm
+
+    reference = hosts("sd15")
+    expected = reference.sample(cpigdm(reference))
+    model, _, vae = load(tiny("sd15"))
+    paged(model)
+    paged(vae.patcher)
+    h = Host(reference.pack, "sd15", model, vae)
+    load_models_gpu, whole, states = mm.load_models_gpu, [], []
+
+    def loads(models: list, *args: Any, force_full_load: bool = False, **given: Any) -> None:
+        whole.extend(type(patcher.model) for patcher in models if force_full_load)
+        return load_models_gpu(models, *args, force_full_load=force_full_load, **given)
+
+    monkeypatch.setattr(mm, "load_models_gpu", loads)
+    network = model.model.diffusion_model
+    handle = network.register_forward_pre_hook(
+        lambda *_: states.append((getattr(mm, "in_training", False), torch.is_inference_mode_enabled()))
+    )
+    guider = h.guider()
+    try:
+        result = h.sample(cpigdm(h), guider=guider)
+    finally:
+        handle.remove()
+    assert torch.equal(result, expected)
+    assert guider.model_patcher is model
+    assert set(whole) == {type(vae.first_stage_model)}
+    assert set(states) == {(False, True)}  # the paged network itself, as in a prompt without us
+
+
+def test_no_room_for_what_must_be_whole_is_said(hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.model_management as mm
+
+    h, load_models_gpu = hosts("sd15"), mm.load_models_gpu
+
+    def loads(models: list, *args: Any, force_full_load: bool = False, **given: Any) -> None:
+        if force_full_load:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return load_models_gpu(models, *args, **given)
+
+    monkeypatch.setattr(mm, "load_models_gpu", loads)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="must be loaded whole"):
+        h.sample(h.sampler(h.pack.samplers.sample_psld))

@@ -3,6 +3,7 @@
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from operators import AreaDownscale, Blur, Dense, Identity, Mask, Measurement, gaussian_kernel
 from samplers import fill_unseen, sample_cpigdm
 from samplers.cpigdm import Dual
+from samplers.pixels import contradicts
 from samplers.spaces import ExactPixels
 from samplers.steps import ancestral_split
 
@@ -50,6 +52,22 @@ def test_mean_and_covariance_of_a_gaussian_posterior(noise: float) -> None:
     error = 4 / many**0.5
     assert float((out.mean(0) - expected_mean).abs().max()) < error + 0.02
     assert float((out.T.cov() - expected_cov).abs().max()) < 2 * error + 0.02
+
+
+def test_an_error_that_the_residual_contradicts_does_not_let_the_noise_in() -> None:
+    """A prior ten times as narrow as tau says, whose x0 is near to y as it is: the result keeps its error, and does not take y's."""
+    shape, prior, noise = (3, 16, 16), 0.03, 0.1
+    truth = prior * torch.randn(1, *shape, dtype=F64, generator=generator(7))
+    y = truth + noise * torch.randn(1, *shape, dtype=F64, generator=generator(8))
+    x = fill_unseen(Measurement(y, Identity(shape), noise)) + torch.randn(1, *shape, dtype=F64, generator=generator(9))
+    given = {"measurement": Measurement(y, Identity(shape), noise), "tau": 0.3}
+    out = sample_cpigdm(
+        gaussian(torch.zeros(1, *shape, dtype=F64), prior**2), x, torch.tensor([1.0, 0.3, 0.0], dtype=F64), **given
+    )
+    assert float((out - truth).square().mean().sqrt()) < 1.2 * prior
+    # A few values contradict nothing: as exact as ever.
+    few = Measurement(y[..., :2, :2], Identity((3, 2, 2)), noise)
+    assert not bool(contradicts(torch.zeros(1, 3, 2, 2, dtype=F64), few, 0.3).any())
 
 
 def test_noise_free_gaussian_is_exact_in_two_steps_on_what_is_seen() -> None:
@@ -184,6 +202,23 @@ def test_several_samples_of_one_photo(options: dict[str, Any]) -> None:
     operator, x = OPERATORS["area"], 5 * torch.randn(2, *IMAGE, dtype=F64, generator=generator(1))
     one = truth(operator)
     shared, each = (run(y, operator, x, 0.1, **options) for y in (one, one.expand(2, -1, -1, -1).contiguous()))
+    assert torch.equal(shared, each)
+
+
+@pytest.mark.parametrize("consistency", ["decoder", "encoder"])
+def test_several_latents_of_one_photo(consistency: Any) -> None:
+    """With a mask of their own, too."""
+    codec = SimpleNamespace(decode=lambda z: z, encode=lambda image: image)
+    operator, x = OPERATORS["area"], 5 * torch.randn(2, *IMAGE, dtype=F64, generator=generator(1))
+    mask = torch.ones(2, 1, *IMAGE[1:], dtype=F64)
+    mask[0, ..., :2] = 0
+    one = truth(operator)
+    given = {"autoencoder": codec, "consistency": consistency}
+    model = gaussian(torch.zeros(1, *IMAGE, dtype=F64), 0.3)
+    shared, each = (
+        sample_cpigdm(model, x, SIGMAS, {"denoise_mask": mask}, measurement=Measurement(y, operator, 0.1), **given)
+        for y in (one, one.expand(2, -1, -1, -1).contiguous())
+    )
     assert torch.equal(shared, each)
 
 

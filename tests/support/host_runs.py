@@ -1,10 +1,12 @@
 """Run a sampler function of ours through the real guider, as SamplerCustomAdvanced does, and look at what it is given."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from support.host_versions import needs
 from support.tiny_checkpoints import SPECS, conditioning
 from torch import Tensor
 
@@ -68,6 +70,25 @@ class Host:
             return guider.sample(
                 noise, latent, sampler, sigmas.clone(), denoise_mask=mask, callback=callback, disable_pbar=True, seed=seed
             )
+
+
+def paged(patcher: Any) -> Any:
+    """The patcher as a class that says it pages, which a CPU never does; its twin is ComfyUI's real reload from the file."""
+    import comfy.model_patcher
+
+    needs("force_deepcopy" in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters, "deep copies of models")
+
+    class Paged(comfy.model_patcher.ModelPatcher):
+        def is_dynamic(self) -> bool:
+            return True
+
+        def get_non_dynamic_delegate(self) -> comfy.model_patcher.ModelPatcher:
+            twin = comfy.model_patcher.ModelPatcher.clone(self, force_deepcopy=True)
+            twin.__class__ = comfy.model_patcher.ModelPatcher
+            return twin
+
+    patcher.__class__ = Paged
+    return patcher
 
 
 def psld(h: Host, memory: str = "auto", **options: Any) -> Any:
