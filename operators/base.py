@@ -12,6 +12,7 @@ where the singular vectors are at hand and one transform serves for two.
 import copy
 import functools
 from collections.abc import Callable
+from operator import index
 
 import torch
 from torch import Tensor
@@ -31,9 +32,11 @@ def as_shape(name: str, shape: tuple[int, ...]) -> Shape:
 
 def as_pair(name: str, pair: tuple[int, int]) -> tuple[int, int]:
     """Check two whole numbers given by a caller, of rows and columns."""
-    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(n, int) for n in pair):
-        raise ValueError(f"{name}: got {pair!r}, expected two integers (of rows, of columns)")
-    return tuple(pair)
+    try:
+        first, second = (index(n) for n in pair)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: got {pair!r}, expected two integers (of rows, of columns)") from None
+    return first, second
 
 
 def as_finite(name: str, value: object) -> Tensor:

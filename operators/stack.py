@@ -1,6 +1,6 @@
 """Several measurements of one picture, as one operator."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ class Stack(IterativeOperator):
     """
 
     def __init__(self, operators: Sequence[LinearOperator]) -> None:
-        operators = tuple(operators) if isinstance(operators, Sequence) else (operators,)
-        if not operators or not all(isinstance(operator, LinearOperator) for operator in operators):
-            raise ValueError(f"operators: got {operators!r}, expected one or more operators")
+        parts = tuple(operators) if isinstance(operators, Iterable) else ()
+        if not parts or not all(isinstance(operator, LinearOperator) for operator in parts):
+            raise ValueError(f"operators: got {operators!r}, expected a list of one or more operators")
+        operators = parts
         shapes = [operator.in_shape for operator in operators]
         if len(set(shapes)) > 1:
             raise ValueError(f"operators: got in_shapes {shapes}, expected the same for all")

@@ -48,9 +48,10 @@ def expected_error(x: Tensor, measurement: Any) -> Tensor:
 
 
 def contradicts(x: Tensor, measurement: Any, error: float) -> Tensor:
-    """Whether x is so near to y that its error must be less than `error`, a standard deviation of white errors, (B,) bool.
+    """Whether x is nearer to y than an x with white errors of this standard deviation would be, (B,) bool.
 
-    By three standard deviations of ||A x - y||^2, as if its values were independent: a few values contradict nothing.
+    By three standard deviations of ||A x - y||^2, as if its values were independent: a few values contradict nothing. An x that was
+    fitted to y may be as near and err as much.
     """
     noise = noise_norm(measurement) ** 2
     values = measured(measurement.operator, measurement.y).flatten(1).sum(1)

@@ -1,4 +1,4 @@
-"""Models in memory: loaded side by side and whole, with normal weights, and twins of those whose weights the host pages."""
+"""Models in memory: what has a gradient whole, with normal weights, and as a twin where the host pages it; the rest as ever."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .faults import of_main_memory
 from .gradients import normal_weights
 from .memory import GIB, out_of_memory
 
@@ -75,11 +76,12 @@ def _incomplete(network: torch.nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def resident(guider: Any, vae: Any, memory: float, network_gradient: bool = True) -> Iterator[Loaded]:
+def resident(guider: Any, vae: Any, memory: float, least: float, network_gradient: bool = True) -> Iterator[Loaded]:
     """Load everything that a guider and a VAE run, side by side; whole, with normal weights, what must have a gradient.
 
     Args:
-        memory: bytes that the run needs beside the weights, for the host to make room.
+        memory: bytes that the run would like beside the weights, for the host to make room.
+        least: bytes that it needs beside them, and that a diffusion model which may be in parts leaves free.
         network_gradient: False where only the VAE must have one. The host then loads the diffusion model as for any sampler: it
             may be quantised, paged, or in parts on the device.
     """
@@ -108,13 +110,16 @@ def resident(guider: Any, vae: Any, memory: float, network_gradient: bool = True
             patchers += stays[control].get_models()
         _replace_controls(guider, stays)
         vae_patcher = None if vae is None else static_patcher(vae.patcher, "vae")
-        whole = patchers if network_gradient else []
-        if vae_patcher is not None:
-            whole = [*whole, vae_patcher]
+        whole = [] if vae_patcher is None else [vae_patcher]
+        if network_gradient:
+            whole = patchers + whole
+        else:
+            # First, and leaving room for the VAE as the host counts it: what is loaded after it may put it out, and the VAE is
+            # loaded whole in any case.
+            beside = 1.1 * sum(patcher.model_size() for patcher in whole) + max(least, mm.minimum_inference_memory())
+            mm.load_models_gpu(patchers, memory_required=memory + beside, minimum_memory_required=beside)
         if whole:
-            _load_whole(whole, memory)
-        if not network_gradient:  # with the VAE among them, so that it stays
-            mm.load_models_gpu([*whole, *patchers], memory_required=memory)
+            _load_whole(whole, memory if network_gradient else least)
         for twin in twins:
             twin.pre_run()
         of_controls = list(control_networks(guider))
@@ -138,12 +143,13 @@ def _load_whole(patchers: list[Any], memory: float) -> None:
     try:
         mm.load_models_gpu(patchers, memory_required=memory, force_full_load=True)
     except Exception as error:
-        if not out_of_memory(error):
+        if not out_of_memory(error) or of_main_memory(error):
             raise
         weights = sum(patcher.model_size() for patcher in patchers) / GIB
+        remedy = "C-PiGDM loads only the VAE so; " if len(patchers) > 1 else ""
         raise torch.cuda.OutOfMemoryError(
             f"memory: what has a gradient must be loaded whole, here {weights:.1f} GB of weights, for which there is no room ({error}). "
-            "C-PiGDM loads only the VAE so; otherwise take a smaller model, or one in float16"
+            f"{remedy}smaller models, or such in float16, need less"
         ) from error
 
 

@@ -109,11 +109,12 @@ def run_on_host(
         log.warning(line)
         readout.note(line)
     plan = Plan() if plan is None else plan
-    by_encoder = options.get("consistency") == "encoder"
+    by_encoder = vae is not None and not network_gradient and options.get("consistency") == "encoder"
     need, memory = needed(plan, guider, vae, x, network_gradient, not by_encoder), plan.mode or memory
-    room = 1e30 if need is None else need.activations(MODES[0] if memory == "auto" else memory)
+    wanted = MODES[0] if memory == "auto" else memory
+    room, least = (1e30, 0) if need is None else (need.activations(wanted), need.activations(MODES[-1]))
 
-    with gradients(), resident(guider, vae, room, network_gradient) as loaded:
+    with gradients(), resident(guider, vae, room, least, network_gradient) as loaded:
         if network_gradient:
             model_options = differentiable_options(model_options, bool(controls(guider)))
             for network in loaded.networks:
@@ -134,16 +135,16 @@ def run_on_host(
         if loaded.vae is not None:
             codec = Codec(loaded.vae, guider.inner_model.latent_format, vae.device, vae.vae_dtype)
         mask, of_the_step = extra_args.get("denoise_mask"), model_options.get("denoise_mask_function")
-        if mask is not None and of_the_step is not None:
-            # The mask that Differential Diffusion has at each step is the model's; what it frees in the end, guidance may move.
-            end = sigmas[-2] if sigmas[-1] == 0 else sigmas[-1]
-            about = {"model": guider, "sigmas": sigmas}
-            extra_args["denoise_mask"] = of_the_step(end.expand(len(x)), mask, extra_options=about)
+        if mask is not None and of_the_step is not None and len(sigmas) > 1:
+            # The mask that Differential Diffusion has at each step is the model's. What it frees in the last one, guidance may move,
+            # but not what the user has held altogether, which it frees there, too.
+            last = of_the_step(sigmas[-2].expand(len(x)), mask, extra_options={"model": guider, "sigmas": sigmas})
+            extra_args["denoise_mask"] = last * (mask > 0)
         denoise, course = denoiser(model, state, mask, network_gradient), Course(sigmas_k)
 
         def run(codec: Codec | None, options: dict[str, Any]) -> Tensor:
             course.begin()
-            if check_gradients and options.get("consistency") == "encoder":
+            if check_gradients and codec is not None and not network_gradient and options.get("consistency") == "encoder":
                 readout.note("gradient check: nothing to compare, as consistency encoder takes no gradient")
             elif check_gradients:
                 sigma = sigmas_k[0].expand(len(start))

@@ -62,9 +62,9 @@ def check_falling(sigmas: Tensor) -> None:
 def check_prompts(guider: Any) -> None:
     """Refuse a prompt with NaN, or of another family's text encoder, as far as the model's configuration tells its own."""
     for kind, group in guider.conds.items():
-        # Guider_DualModel gives its second model the negative prompt.
-        second = getattr(guider, "uncond_inner", None) if kind == "negative" else None
-        config = (second or guider.inner_model).model_config.unet_config
+        # Guider_DualModel gives its second model, which it leaves out at cfg 1, the negative prompt.
+        second = getattr(guider, "uncond_model_patcher", None) if kind == "negative" else None
+        config = (guider.inner_model if second is None else second.model).model_config.unet_config
         embedder = (config.get("context_embedder_config") or {}).get("params", {})
         width = config.get("context_dim") or embedder.get("in_features")
         for cond in group:

@@ -143,8 +143,9 @@ def test_two_models_of_two_families_in_one_guider(sd15: Host, hosts: Callable[..
     needs(hasattr(extras, "Guider_DualModel"), "Guider_DualModel")
     guider = extras.Guider_DualModel(sd15.model, hosts("sd21v").model)
     guider.set_conds(conditioning("sd15", 1), conditioning("sd21v", 2))
-    guider.set_cfg(3.0)
-    assert_gradient(sd15, guider=guider)
+    for cfg in (1.0, 3.0):  # at 1 the second is left out
+        guider.set_cfg(cfg)
+        assert_gradient(sd15, guider=guider)
     estimates = []
     for second in (hosts("sd21v"), sd15):
         guider.uncond_inner = second.model.model

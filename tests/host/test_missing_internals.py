@@ -101,7 +101,7 @@ def test_what_comfyui_itself_needs_too(
     with (
         pytest.raises(ValueError, match=r"no comfy\.model_management\.load_models_gpu"),
         host.naming_what_is_missing(),
-        host.resident(guider, h.vae, 0.0),
+        host.resident(guider, h.vae, 0.0, 0.0),
     ):
         pass
 

@@ -42,11 +42,13 @@ def test_a_mask_that_holds_nothing_is_none(rule: str, hosts: Callable[..., Host]
 
 
 def test_differential_diffusion_frees_for_guidance_what_it_frees_in_the_end(hosts: Callable[..., Host]) -> None:
-    """A graded mask: every part that is free in the last step comes as near to the photo as one that is free from the start."""
+    """A graded mask: guidance may move at full length what is free in the last step, and nothing that the user has held."""
     from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 
     h = hosts("sd15")
     model, mask, seen = h.model, torch.full((1, 1, 64, 64), 0.25), []
+    mask[..., :32] = 0
+    latent = torch.randn(h.latent().shape, generator=torch.Generator().manual_seed(1))
     solve = h.pack.samplers.sample_cpigdm
 
     def look(*args: Any, extra_args: dict, **given: Any) -> Tensor:
@@ -55,11 +57,17 @@ def test_differential_diffusion_frees_for_guidance_what_it_frees_in_the_end(host
 
     try:
         h.model = DifferentialDiffusion.execute(model, 1.0).args[0]
-        graded = h.sample(h.sampler(look, network_gradient=False), noise_mask=mask, steps=4)
+        sampler = h.sampler(look, network_gradient=False)
+        graded = h.sample(sampler, latent=latent, noise_mask=mask, steps=4)
+        h.sample(sampler, noise_mask=mask, sigmas=torch.tensor([0.0]))  # nothing to do
     finally:
         h.model = model
-    assert float(seen[0].min()) == float(seen[0].max()) == 1.0
-    assert bool(torch.isfinite(graded).all())
+    assert torch.equal(seen[0], (seen[0] > 0).float())
+    assert bool((seen[0][..., :4] == 0).all())
+    assert bool((seen[0][..., 4:] == 1).all())
+    # In its last step the model itself frees what is held: guidance does not.
+    free, held = ((graded - latent)[..., side].square().mean().sqrt() for side in (slice(4, 8), slice(0, 4)))
+    assert float(held) < 0.3 * float(free)
 
 
 class HeldLeft:

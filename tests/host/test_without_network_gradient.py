@@ -124,7 +124,7 @@ def test_asked_for_the_encoder_it_takes_no_gradient_at_all(hosts: Callable[..., 
 def test_the_next_photo_begins_with_the_encoder_where_one_fell_back_to_it(
     hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    h, notes = hosts("sd15"), []
+    h = hosts("sd15")
     plugin, restore = h.pack.nodes.host.plugin, h.pack.nodes.restore
     recomputing, modes = plugin.recomputing, []
     monkeypatch.setattr(plugin, "recomputing", lambda mode, *given: modes.append(mode) or recomputing(mode, *given))
@@ -140,11 +140,11 @@ def test_the_next_photo_begins_with_the_encoder_where_one_fell_back_to_it(
     handle = decoder.register_forward_hook(fails)
     try:
         with torch.inference_mode():
-            restore.Restore.execute(*given)
+            said = str(restore.Restore.execute(*given).ui)
     finally:
         handle.remove()
     assert modes == ["fastest", "balanced", "lowest", "lowest", "lowest", "lowest"]  # and once for each of the next two photos
-    assert notes == []
+    assert "with consistency encoder, which follows the photo less closely, as for the photo before" in said
 
 
 def test_a_network_that_the_host_pages_runs_as_under_any_sampler(
@@ -181,16 +181,63 @@ def test_a_network_that_the_host_pages_runs_as_under_any_sampler(
     assert set(states) == {(False, True)}  # the paged network itself, as in a prompt without us
 
 
-def test_no_room_for_what_must_be_whole_is_said(hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("estimated", [True, False])
+def test_where_memory_is_short_the_vae_stays_whole(
+    estimated: bool, tiny: Callable[..., Path], load: Callable, hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device whose free memory is told to the host: room for both and the lowest mode, but not for the quickest."""
+    import comfy.model_management as mm
+
+    model, _, vae = load(tiny("sd15"))
+    h = Host(hosts("sd15").pack, "sd15", model, vae)
+    sizes = model.model_size() + vae.patcher.model_size()
+    monkeypatch.setattr(mm, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(mm, "MIN_WEIGHT_MEMORY_RATIO", 0)
+    monkeypatch.setattr(mm, "vram_state", mm.VRAMState.NORMAL_VRAM)
+    room = 2 * mm.minimum_inference_memory() + 2 * sizes
+
+    def free(device: Any = None, torch_free_too: bool = False) -> Any:
+        left = room - sum(loaded.model_loaded_memory() for loaded in mm.current_loaded_models)
+        return (left, 0) if torch_free_too else left
+
+    monkeypatch.setattr(mm, "get_free_memory", free)
+    monkeypatch.setattr(h.pack.nodes.host.plugin, "free_memory", free)
+    need = h.pack.nodes.host.memory.Estimate(0, (), int(10 * room))  # far more than there is
+    monkeypatch.setattr(need.__class__, "activations", lambda self, mode: 0 if mode == "lowest" else self.forward)
+    monkeypatch.setattr(h.pack.nodes.host.plugin, "needed", lambda *_: need if estimated else None)
+    mm.unload_all_models()
+    loaded: list[tuple[int, int]] = []
+
+    def look(*args: Any, **given: Any) -> Tensor:
+        loaded.append((vae.patcher.loaded_size() - vae.patcher.model_size(), model.loaded_size() - model.model_size()))
+        return h.pack.samplers.sample_cpigdm(*args, **given)
+
+    h.sample(h.sampler(look, network_gradient=False, memory="lowest"), steps=1)
+    h.sample(h.sampler(look, network_gradient=False), steps=1)
+    assert loaded == [(0, 0)] * 2
+    mm.unload_all_models()
+
+
+@pytest.mark.parametrize(("solve", "told"), [("sample_psld", "C-PiGDM loads only"), ("sample_cpigdm", "weights")])
+def test_no_room_for_what_must_be_whole_is_said(
+    solve: str, told: str, hosts: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import comfy.model_management as mm
 
     h, load_models_gpu = hosts("sd15"), mm.load_models_gpu
+    lack: list[Exception] = [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")]
 
     def loads(models: list, *args: Any, force_full_load: bool = False, **given: Any) -> None:
         if force_full_load:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise lack[0]
         return load_models_gpu(models, *args, **given)
 
     monkeypatch.setattr(mm, "load_models_gpu", loads)
-    with pytest.raises(torch.cuda.OutOfMemoryError, match="must be loaded whole"):
-        h.sample(h.sampler(h.pack.samplers.sample_psld))
+    sampler = h.sampler(getattr(h.pack.samplers, solve), network_gradient=solve == "sample_psld")
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="must be loaded whole") as error:
+        h.sample(sampler)
+    assert told in str(error.value)
+    assert ("C-PiGDM" in str(error.value)) == (solve == "sample_psld")
+    lack[0] = MemoryError()
+    with pytest.raises(h.pack.nodes.host.faults.MainMemoryFull, match="main memory is full"):
+        h.sample(sampler)

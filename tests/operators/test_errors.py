@@ -58,7 +58,7 @@ def test_shapes(shape: Any) -> None:
         (lambda: Crop(S, (4, 4), (1, 2, 3)), "corner: got"),
         (lambda: box_mask(S, 4, (0,)), "corner: got"),
         (lambda: Stack([]), "operators: got"),
-        (lambda: Stack(3), "operators: got"),
+        (lambda: Stack(Identity(S)), "operators: got Identity"),
         (lambda: BicubicDownscale(S, 2, boundary="zero"), "boundary: got 'zero'"),
         (lambda: Blur(ONES, S, "mirror"), "boundary: got 'mirror'"),
         (lambda: Blur(torch.zeros(3, 3), S), "kernel: its sum is 0"),
