@@ -43,10 +43,10 @@ moved = $(addprefix tests/host/test_,any_input.py guarantees.py memory.py)
 own = $(addprefix --ignore=tests/,server/test_load.py $(addprefix host/test_,large_pictures.py plot.py posterior_mean.py))
 in_process = tests/host $(if $(older),$(moved:%=--ignore=%) $(own))
 rest = $(if $(older),tests/server $(moved) $(own),tests --ignore=tests/host)
-# With BRIEF=yes what has depended on the host's version: loading, gradients, names that it lacks, nodes, whole prompts.
+# With BRIEF=yes what has depended on the version of the host: loading, gradients, names that it lacks, nodes.
 ifdef BRIEF
-in_process = $(addprefix tests/host/test_,host.py missing_internals.py noise_mask.py schemas.py without_network_gradient.py)
-rest = $(addprefix tests/,server/test_pack.py server/test_restore.py host/test_gradients.py host/test_paged.py)
+in_process = $(addprefix tests/host/test_,host.py missing_internals.py schemas.py without_network_gradient.py)
+rest = $(addprefix tests/,server/test_pack.py host/test_gradients.py host/test_paged.py)
 endif
 # One thread each: those that wait for each other spin, and on networks this small take turns at nothing.
 pytest = OMP_NUM_THREADS=1 "$$ENV_PYTHON" -c 'import pytest, signal, sys; signal.signal(signal.SIGTERM, signal.default_int_handler); sys.exit(pytest.main())'
