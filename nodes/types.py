@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..operators import LinearOperator
-from ..operators.base import Shape
+from ..operators.checks import Shape
 from ..operators.io import check_full_size
 
 LinearOperatorType = io.Custom("LINEAR_OPERATOR")

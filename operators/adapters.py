@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .base import Shape, as_shape
+from .checks import Shape, as_shape
 from .iterative import IterativeOperator
 
 
@@ -45,7 +45,7 @@ class DeepinvOperator(IterativeOperator):
             if not isinstance(y, Tensor) or y.ndim != 4:
                 raise ValueError(f"physics: its A gives {_kind(y)}, expected a tensor (batch, channels, height, width)")
             self.out_shape = tuple(y.shape[1:])
-            # Of no use to the adjoint of another map: beside what A gives, anything.
+            # Not A x alone: on the range of A the adjoint of another map may be right.
             v = y + y.square().mean().sqrt() * torch.randn(y.shape, generator=generator).to(y)
             back, of_zero = physics.A_adjoint(v), physics.A(torch.zeros_like(x))
         if back.shape != x.shape:

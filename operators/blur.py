@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.fft import irfft2, rfft2
 
-from .base import Delegate, InverseTable, Shape, Table, as_finite, as_shape
+from .base import Delegate, InverseTable, Table
+from .checks import Shape, as_finite, as_shape
 from .fourier import Fourier
 from .iterative import IterativeOperator
 from .separable import BOUNDARIES, Separable, band_matrix, convolution_matrix

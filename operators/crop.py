@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .base import PixelwiseGram, Shape, Table, as_pair, as_shape
+from .base import PixelwiseGram, Table
+from .checks import Shape, as_pair, as_shape
 
 
 class Crop(PixelwiseGram):

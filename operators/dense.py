@@ -5,7 +5,8 @@ import functools
 import torch
 from torch import Tensor
 
-from .base import LinearOperator, Shape, Spectral, Table, as_finite, as_shape
+from .base import LinearOperator, Spectral, Table
+from .checks import Shape, as_finite, as_shape
 
 
 class Dense(LinearOperator):

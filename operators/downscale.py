@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .base import PixelwiseGram, Shape, Table, as_pair, as_shape
+from .base import PixelwiseGram, Table
+from .checks import Shape, as_pair, as_shape
 from .fourier import Fourier
 from .separable import Separable, band_matrix
 

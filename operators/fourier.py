@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.fft import fft2, irfft2, rfft2
 
-from .base import InverseTable, LinearOperator, Shape, Spectral, Table
+from .base import InverseTable, LinearOperator, Spectral, Table
+from .checks import Shape
 
 
 class Fourier(LinearOperator):

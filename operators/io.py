@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .base import LinearOperator, Shape
+from .base import LinearOperator
+from .checks import Shape
 from .measurement import Measurement
 from .records import (
     CLASSES,

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import as_finite, as_pair
+from .checks import as_finite, as_pair
 
 MAX_SIDE = 8192  # of a kernel: half a gigabyte
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Shape, as_pair, as_shape
+from .checks import Shape, as_pair, as_shape
 
 
 def box_mask(shape: Shape, size: int | tuple[int, int], corner: tuple[int, int] | None = None, invert: bool = False) -> Tensor:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .base import PixelwiseGram, Shape, Table, as_finite, as_shape
+from .base import PixelwiseGram, Table
+from .checks import Shape, as_finite, as_shape
 from .separable import Separable
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import LinearOperator, PixelwiseGram, Shape
+from .base import LinearOperator, PixelwiseGram
 from .blur import Blur
+from .checks import Shape
 from .compose import Product, factors
 from .crop import Crop
 from .dense import Dense

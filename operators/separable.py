@@ -9,7 +9,8 @@ import functools
 import torch
 from torch import Tensor
 
-from .base import InverseTable, LinearOperator, Shape, Spectral, Table
+from .base import InverseTable, LinearOperator, Spectral, Table
+from .checks import Shape
 
 BOUNDARIES = ("circular", "zero", "reflect", "replicate")
 

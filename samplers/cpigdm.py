@@ -175,8 +175,8 @@ class Dual:
 
     The step to sigma 0 is the result, in which too large an r lets the noise in, and a network's x0 is often nearer to the truth than
     C says. Where x0 is nearer to y than C has it, the correction is for an error of the size that its residual tells. Part of that
-    nearness is nu's doing: with an exact denoiser of a Gaussian the result errs by up to .2 % more for it, with networks often less
-    (benchmarks/results/latent_tuning.md).
+    nearness is nu's doing, so that the result of an exact denoiser of a Gaussian errs up to 1 % more for it; that of a network mostly
+    errs less (benchmarks/results/latent_tuning.md).
     """
 
     RATE = 4.0  # Newton steps for each factor of e in sigma

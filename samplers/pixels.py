@@ -111,13 +111,19 @@ def _as_it_needs(x: Tensor, measurement: Any) -> Tensor:
     goals = noise_norm(measurement).expand(len(x))
     images = []
     for i, error in enumerate(expected_error(x, measurement).clamp(max=USUAL).tolist()):
-        operator, y = measurement.operator.select(i), measurement.y.expand(len(x), -1, -1, -1)[i : i + 1]
-        image = operator.prox_l2(x[i : i + 1], y, (error / measurement.sigma) ** 2)
-        while 0 < error < USUAL and float((operator.A(image) - y).norm()) > goals[i]:
+        image, residual = corrected(x, measurement, i, error)
+        while 0 < error < USUAL and residual > goals[i]:
             error = min(2 * error, USUAL)
-            image = operator.prox_l2(x[i : i + 1], y, (error / measurement.sigma) ** 2)
+            image, residual = corrected(x, measurement, i, error)
         images.append(image)
     return torch.cat(images)
+
+
+def corrected(x: Tensor, measurement: Any, i: int, error: float) -> tuple[Tensor, float]:
+    """Image i of x, (1, C, H, W), as the mean under y of an image that is off by white errors of this size, and its ||A x - y||."""
+    operator, y = measurement.operator.select(i), measurement.y.expand(len(x), -1, -1, -1)[i : i + 1]
+    image = operator.prox_l2(x[i : i + 1], y, (error / measurement.sigma) ** 2)
+    return image, float((operator.A(image) - y).norm())
 
 
 def feather_holes(x: Tensor, agreed: Tensor, keep: Tensor, width: float) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .held import reachable
 from .latent_consistency import closer, match_by_decoder, match_by_encoder, residual_of, spread_of
-from .pixels import contradicts, expected_error, noise_norm
+from .pixels import contradicts, corrected, expected_error, noise_norm
 from .steps import Autoencoder, per_image
 
 Spectral = Callable[[Tensor], Tensor]
@@ -72,10 +72,8 @@ class NoisyPixels(Space):
         wrong = contradicts(x0, self.measurement, error)
         if not bool(wrong.any()):
             return target
-        means = [
-            self.operator.select(i).prox_l2(x0[i : i + 1], self.y[i : i + 1], (shown / self.noise) ** 2)
-            for i, shown in enumerate(expected_error(x0, self.measurement).tolist())
-        ]
+        errors = expected_error(x0, self.measurement).tolist()
+        means = [corrected(x0, self.measurement, i, shown)[0] for i, shown in enumerate(errors)]
         return torch.where(per_image(wrong, x0), x0 + self.freed(torch.cat(means) - x0), target)
 
     def gram(self, v: Tensor, h: Spectral) -> Tensor:

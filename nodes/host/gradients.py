@@ -11,28 +11,18 @@ from .internals import without
 
 
 @contextlib.contextmanager
-def gradients() -> Iterator[None]:
-    """Run with autograd inside ComfyUI's inference mode; some model families also switch off fused in-place kernels."""
+def gradients(wanted: bool = True) -> Iterator[None]:
+    """Run with autograd inside ComfyUI's inference mode; some model families also switch off fused in-place kernels.
+
+    Args:
+        wanted: False, inside another, for what has no gradient: ComfyUI as it is for its own samplers.
+    """
     import comfy.model_management as mm
 
     switch = {name: getattr(mm, name) for name in ("in_training",) if hasattr(mm, name)}
-    vars(mm).update(dict.fromkeys(switch, True))
+    vars(mm).update(dict.fromkeys(switch, wanted))
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        vars(mm).update(switch)
-
-
-@contextlib.contextmanager
-def as_any_sampler() -> Iterator[None]:
-    """Inside `gradients`, for what has none: ComfyUI as it is for its own samplers."""
-    import comfy.model_management as mm
-
-    switch = {name: getattr(mm, name) for name in ("in_training",) if hasattr(mm, name)}
-    vars(mm).update(dict.fromkeys(switch, False))
-    try:
-        with torch.inference_mode():
+        with torch.inference_mode(not wanted), torch.set_grad_enabled(wanted):
             yield
     finally:
         vars(mm).update(switch)

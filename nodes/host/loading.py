@@ -114,8 +114,8 @@ def resident(guider: Any, vae: Any, memory: float, least: float, network_gradien
         if network_gradient:
             whole = patchers + whole
         else:
-            # First, and leaving room for the VAE as the host counts it: what is loaded after it may put it out, and the VAE is
-            # loaded whole in any case.
+            # Before the VAE, and leaving the room that the host counts for it: a load may put out what is there, and the VAE must
+            # end whole.
             beside = 1.1 * sum(patcher.model_size() for patcher in whole) + max(least, mm.minimum_inference_memory())
             mm.load_models_gpu(patchers, memory_required=memory + beside, minimum_memory_required=beside)
         if whole:

@@ -23,7 +23,7 @@ from .faults import (
     stop_when_interrupted,
     stoppable_backward,
 )
-from .gradients import as_any_sampler, differentiable_options, gradients, normal_tensors
+from .gradients import differentiable_options, gradients, normal_tensors
 from .internals import naming_what_is_missing
 from .loading import Loaded, control_networks, controls, resident
 from .memory import GIB, Estimate, Plan, estimate, free_memory, out_of_memory, release_memory
@@ -309,9 +309,9 @@ def denoiser(model: Any, state: State, mask: Tensor | None, network_gradient: bo
         if network_gradient:
             denoised = model(x_host, state.sigma_from_k(sigma), **extra_args)
         else:
-            with as_any_sampler():
+            with gradients(False):
                 denoised = model(x_host, state.sigma_from_k(sigma), **extra_args)
-            denoised = denoised.clone()  # a normal tensor again
+            denoised = normal_tensors(denoised)
         if x.requires_grad and torch.is_grad_enabled() and not denoised.requires_grad:
             raise ValueError("model: its output has no gradient, for a patch or wrapper on it computes without one; remove it")
         check_finite(denoised, "the model returned NaN or infinite values; try a lower cfg or another precision")

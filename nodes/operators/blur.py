@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...operators import Blur, disk_kernel, gaussian_kernel, image_kernel, motion_kernel
-from ...operators.base import Shape
+from ...operators.checks import Shape
 from ..pictures import shown
 from ..types import CATEGORY, OperatorRecipe, to_signal
 from .sockets import FIRST, RESULT, seed_input

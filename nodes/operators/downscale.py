@@ -5,7 +5,7 @@ import math
 from comfy_api.latest import io
 
 from ...operators import AreaDownscale, BicubicDownscale, LanczosDownscale
-from ...operators.base import Shape
+from ...operators.checks import Shape
 from ..pictures import shown
 from ..types import CATEGORY, OperatorRecipe
 from .sockets import FIRST, RESULT, example

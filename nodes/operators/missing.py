@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...operators import Mask, box_mask, random_mask, stripe_mask
-from ...operators.base import Shape
+from ...operators.checks import Shape
 from ..pictures import shown
 from ..types import CATEGORY, OperatorRecipe
 from .sockets import FIRST, RESULT, seed_input
