@@ -224,9 +224,13 @@ def test_bfloat16_networks_give_pictures_as_good(solve: Callable[..., Tensor], c
     assert abs(np.mean(low) - np.mean(exact)) < 1
 
 
-@pytest.mark.parametrize(("steps", "last"), [(1, False), (4, False), (10, True)])
-def test_bfloat16_networks_come_as_near_to_the_photo(steps: int, last: bool) -> None:
-    """x2, four portraits, the decoder in bfloat16: its finite differences are above the rounding, below which 4 steps end up to 3 % further."""
+@pytest.mark.parametrize(("steps", "last", "bound"), [(1, False, 1.0), (4, False, 1.015), (10, True, 1.015)])
+def test_bfloat16_networks_come_as_near_to_the_photo(steps: int, last: bool, bound: float) -> None:
+    """x2, four portraits, the decoder in bfloat16: its finite differences are above the rounding.
+
+    That makes a single step's longer, which ends 1 to 3 % nearer; with those of float32 it is up to 1 % further, with a fifth of
+    them up to 14 %.
+    """
     exact, low = Photo(torch.float32, 2, 4), Photo(torch.bfloat16, 2, 4)
     with torch.no_grad():
         z = exact.autoencoder.encode(exact.truth) + 0.3 * torch.randn(4, 4, 16, 16, generator=generator(3))
@@ -236,7 +240,7 @@ def test_bfloat16_networks_come_as_near_to_the_photo(steps: int, last: bool) -> 
         with torch.no_grad():
             residuals.append(exact.measurement.residual_norm(exact.decode(out)))
     ratio = residuals[1] / residuals[0]
-    assert ((ratio > 0.985) & (ratio < 1.015)).all(), ratio
+    assert (ratio < bound).all(), ratio
 
 
 def test_a_sigma_that_is_given_too_large_costs_little() -> None:
