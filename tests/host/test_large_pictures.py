@@ -41,14 +41,16 @@ def large(pack: ModuleType, count: Callable[[int, int], int]) -> Large:
     return Large(pack, count(288, 2160))
 
 
-def test_finish_at_4k(pack: ModuleType, count: Callable[[int, int], int]) -> None:
-    """3840 x 2160 with a hole in it, kept to the bit; and made smaller by 4 and met again."""
+def test_finish(pack: ModuleType, count: Callable[[int, int], int]) -> None:
+    """3840 x 2160, or 1280 x 720, with a hole in it, kept to the bit; and made smaller by 4 and met again."""
     ops, finish = pack.operators, pack.nodes.finish.Finish.execute
-    truth = torch.rand((1, 2160, 3840, 3), generator=torch.Generator().manual_seed(0))
+    height = count(720, 2160)
+    size = height, height // 9 * 16
+    truth = torch.rand((1, *size, 3), generator=torch.Generator().manual_seed(0))
     x = 2 * truth.movedim(-1, 1).double() - 1
-    hole = ops.Mask(ops.box_mask((3, 2160, 3840), (500, 700), (800, 900)))
-    small = ops.AreaDownscale((3, 2160, 3840), 4)
-    for operator in (hole, small)[: count(1, 2)]:
+    hole = ops.Mask(ops.box_mask((3, *size), (height // 4, height // 3), (height // 3, height // 2)))
+    small = ops.AreaDownscale((3, *size), 4)
+    for operator in (hole, small):
         measurement = ops.Measurement(operator.A(x), operator)
         result, residual = finish(torch.full_like(truth, 0.5), measurement, 0.05, 0.0).args
         assert result.shape == truth.shape

@@ -79,16 +79,16 @@ def test_restore_takes_them(pixels: OnPixels, box: Callable, method: str) -> Non
     assert all(torch.equal(image[i][keep], truth[i][keep]) for i in range(2))
 
 
-@pytest.mark.parametrize(("method", "gain"), [("C-PiGDM", 2.5), ("PSLD", 1.5)])
+@pytest.mark.parametrize(("method", "gain"), [("C-PiGDM", 2.5), ("PSLD", 2.4)])
 @torch.inference_mode()
 def test_what_is_restored_is_nearer_to_the_truth(pixels: OnPixels, method: str, gain: float) -> None:
-    """Portraits enlarged four times, against bicubic enlargement, mean over eight."""
-    truth = pixels.pictures(8)
+    """Portraits enlarged four times, against bicubic enlargement, mean over four."""
+    truth = pixels.pictures(4)
     measurement = pixels.measure(truth, lambda shape: pixels.pack.operators.AreaDownscale(shape, 4), 0.02)
     image, _ = pixels.restore(measurement, method, "balanced")
     enlarged = interpolate(measurement.y.float() / 2 + 0.5, scale_factor=4, mode="bicubic").movedim(1, -1)
     psnr = [-10 * (picture.clamp(0, 1) - truth).square().mean((1, 2, 3)).log10().mean() for picture in (image, enlarged)]
-    assert float(psnr[0] - psnr[1]) > gain  # measured: 2.95 and 1.95
+    assert float(psnr[0] - psnr[1]) > gain  # measured: 3.05 and 2.92
 
 
 WEIGHTS = [
