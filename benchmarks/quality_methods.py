@@ -102,7 +102,8 @@ class Prior:
         self.dtype = getattr(torch, precision)
         self.unet = self.unet.to(self.dtype)
         self.encode_features = autoencoder.encode
-        self.autoencoder = autoencoder if self.dtype == torch.float32 else Rounded(autoencoder, self.dtype)
+        exact = self.dtype == torch.float32
+        self.vae = None if pixels else autoencoder if exact else Rounded(autoencoder, self.dtype)
 
     def model(self, x: Tensor, sigma: Tensor, seed: int = 0) -> Tensor:
         return networks.denoise(lambda x, t: self.unet(x.to(self.dtype), t).to(x.dtype), x, sigma)
@@ -170,19 +171,19 @@ def decoder_only(prior: Prior, measurement: Measurement, calls: int, seed: int) 
     z = torch.zeros(len(measurement.y), *prior.shape, requires_grad=True)
     optimizer = torch.optim.Adam([z], lr=0.08)
     for _ in range(150):
-        residual = measurement.operator.A(prior.autoencoder.decode(z)) - measurement.y
+        residual = measurement.operator.A(prior.vae.decode(z)) - measurement.y
         loss = residual.square().sum() / 4 + 1e-3 * z.square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return prior.autoencoder.decode(z)
+        return prior.vae.decode(z)
 
 
-# On latents --------------------------------------------------------------------------------------------------------------
+# With one --------------------------------------------------------------------------------------------------------------------
 
 
-def latent_method(solve: Method, by_midpoints: bool = False, **options: Any) -> Method:
+def sampled(solve: Method, by_midpoints: bool = False, **options: Any) -> Method:
     def run(
         prior: Prior,
         measurement: Measurement,
@@ -198,18 +199,20 @@ def latent_method(solve: Method, by_midpoints: bool = False, **options: Any) -> 
         several: from the highest level, as Restore draws several samples of one photo.
         denoise: below 1, without midpoints, the last of evenly spaced levels, from the filled photo: stock nodes with a Start Latent.
         """
+        vae = prior.vae
         x, sigmas = prior.start(len(measurement.y), seed), prior.sigmas(round(calls / denoise))[-calls - 1 :]
         if midpoints or denoise < 1:
             if midpoints:
-                level = start_level(measurement, SHAPE[-1] // prior.shape[-1])
+                level = start_level(measurement, measurement.operator.in_shape[-1] // prior.shape[-1])
                 sigmas = prior.midpoints(calls, math.inf if several else level)
             with torch.no_grad():
-                filled = prior.autoencoder.encode(fill_unseen(measurement).clamp(-1, 1))
+                filled = fill_unseen(measurement).clamp(-1, 1)
+                filled = filled if vae is None else vae.encode(filled)
             x = filled + sigmas[0] * prior.noise(len(filled), seed)
-        arguments = {"measurement": measurement, "autoencoder": prior.autoencoder, **options, **others}
+        arguments = {"measurement": measurement, "autoencoder": vae, **options, **others}
         z = solve(prior.model, x, sigmas, {"seed": seed}, **arguments)
         with torch.no_grad():
-            return prior.autoencoder.decode(z)
+            return z if vae is None else vae.decode(z)
 
     return run
 
@@ -217,12 +220,12 @@ def latent_method(solve: Method, by_midpoints: bool = False, **options: Any) -> 
 METHODS: dict[str, Method] = {
     "baseline": baseline,
     "decoder_only": decoder_only,
-    "latent_dps": latent_method(sample_psld, omega=1.0, gamma=0.0),
-    "psld_paper": latent_method(sample_psld, omega=1.0, gamma=0.1),
-    "psld_line_search": latent_method(sample_psld, by_midpoints=True, omega=0.8, gamma=0.0, rule="line_search"),
-    "psld_rule": latent_method(sample_by_rule),
-    "cpigdm": latent_method(sample_cpigdm, by_midpoints=True),
-    "cpigdm_encoder": latent_method(sample_cpigdm, by_midpoints=True, consistency="encoder"),
+    "latent_dps": sampled(sample_psld, omega=1.0, gamma=0.0),
+    "psld_paper": sampled(sample_psld, omega=1.0, gamma=0.1),
+    "psld_line_search": sampled(sample_psld, by_midpoints=True, omega=0.8, gamma=0.0, rule="line_search"),
+    "psld_rule": sampled(sample_by_rule),
+    "cpigdm": sampled(sample_cpigdm, by_midpoints=True),
+    "cpigdm_encoder": sampled(sample_cpigdm, by_midpoints=True, consistency="encoder"),
 }
 COMPARED = [
     "baseline_0",
@@ -241,15 +244,7 @@ COMPARED = [
 ]
 
 
-# On pixels ---------------------------------------------------------------------------------------------------------------
-
-
-def pixel_method(solve: Method, **options: Any) -> Method:
-    def run(prior: Prior, measurement: Measurement, calls: int, seed: int, **others: Any) -> Tensor:
-        x, arguments = prior.start(len(measurement.y), seed), {"measurement": measurement, **options, **others}
-        return solve(prior.model, x, prior.sigmas(calls), {"seed": seed}, **arguments)
-
-    return run
+# Published for pixels --------------------------------------------------------------------------------------------------------
 
 
 def fresh_noise(prior: Prior, count: int, seed: int) -> Callable[[], Tensor]:
@@ -328,17 +323,19 @@ def ddnm(prior: Prior, measurement: Measurement, calls: int, seed: int, share: f
 
 PIXEL_METHODS: dict[str, Method] = {
     "baseline": baseline,
-    "dps": pixel_method(sample_psld, omega=1.0, gamma=0.0, eta=1.0),
-    "pigdm": pixel_method(sample_cpigdm, weight="bayes", tau=math.inf, integrator="discrete", jacobian="k", eta=1.0),
+    "dps": sampled(sample_psld, omega=1.0, gamma=0.0, eta=1.0),
+    "pigdm": sampled(sample_cpigdm, weight="bayes", tau=math.inf, integrator="discrete", jacobian="k", eta=1.0),
     "ddnm": ddnm,
     "diffpir": diffpir,
     "cpigdm_paper": published_cpigdm,
-    "cpigdm_bayes": pixel_method(sample_cpigdm, weight="bayes"),
-    "cpigdm": pixel_method(sample_cpigdm),
+    "cpigdm_bayes": sampled(sample_cpigdm, weight="bayes"),
+    "psld_line_search": METHODS["psld_line_search"],
+    "cpigdm": METHODS["cpigdm"],
 }
 PIXEL_COMPARED = [
     "baseline_0",
     "dps_100",
     *(f"{name}_{calls}" for name in ("pigdm", "ddnm", "diffpir") for calls in (20, 100)),
+    "psld_line_search_20",
     *(f"{name}_{calls}" for name in ("cpigdm_paper", "cpigdm_bayes", "cpigdm") for calls in (5, 10, 20)),
 ]

@@ -109,7 +109,7 @@ class Restore(io.ComfyNode):
                     advanced=True,
                     tooltip="How the noise levels are spaced. midpoints: the middle of equal parts of the model's time, so that none of few "
                     "network calls goes to the very ends. They begin where noise just hides what is wrong with the filled photo, higher for large "
-                    "holes; for several samples, and for models that work on pixels, at the model's highest level. The others are ComfyUI's, from the model's highest level on.",
+                    "holes; for several samples at the model's highest level. The others are ComfyUI's, from the model's highest level on.",
                 ),
                 *run_inputs(LIGHTER_TEXT),
             ],
@@ -162,10 +162,9 @@ class Restore(io.ComfyNode):
         for i in range(len(filled)):
             first = filled[i : i + 1]
             start = to_signal("measurement", first).float() if on_pixels else vae.encode(first)
-            # Several samples are to differ as much as the posterior's, and start from the highest level, as do pictures of pixels, on
-            # which no other was measured.
+            # Several samples are to differ as much as the posterior's, and start from the highest level.
             level = None
-            if scheduler == host.MIDPOINTS and samples == 1 and not on_pixels:
+            if scheduler == host.MIDPOINTS and samples == 1:
                 level = start_level(host.stoppable(exact.select(i)), vae.upscale_ratio)
             sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler, level)
             for k in range(samples):
