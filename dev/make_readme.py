@@ -68,7 +68,7 @@ def quality() -> str:
     return "\n".join(
         [
             f"PSNR in dB on the demo prior, by number of network calls: means over {len(common)} held-out portraits, noise .02, in",
-            f"denoising .2. Standard errors are {errors[0]:.1f} to {errors[-1]:.1f}, half of them below {errors[len(errors) // 2]:.1f}, "
+            f"denoising .2. Standard errors are {errors[0]:.2f} to {errors[-1]:.2f}, half of them below {errors[len(errors) // 2]:.2f}, "
             "much of it shared between methods, as the pictures are the same.",
             "",
             *table(methods, lambda task, method: f"{means(psnr[task][method])[0]:.1f}"),
