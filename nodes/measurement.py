@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..operators import Identity, LinearOperator, Measurement, Product, Scale, Stack, estimate_noise_sigma
+from ..operators import Blur, Identity, LinearOperator, Measurement, Product, Scale, Stack, estimate_noise_sigma
 from ..samplers import measured
 from .pictures import beside, shown
 from .types import CATEGORY, LinearOperatorType, MeasurementType, OperatorRecipe, to_image, to_signal
@@ -16,6 +16,7 @@ OUTPUTS = [
 ]
 BLOCK = 8  # pixels; the estimator of noise looks at blocks of this size
 NOISELESS = 1e-4  # on the 0 to 1 scale; a tenth of what 8 bits round away
+ROUNDED = 0.002  # the least that stands for the rounding of 8 bits, which the inverse of a blur amplifies
 STREAM = 0x9E3779B9  # of the random numbers of simulated noise
 VAGUE = 0.005  # an interval that begins below half its end says nothing, unless it ends below this: a clean photo
 
@@ -82,10 +83,10 @@ class MeasureSimulate(io.ComfyNode):
         y = a.A(x)
         if noise["noise"] == "Poisson":
             y, sigma = counted(y, measured(a, y), noise["peak"], seed)
-            text = f"noise {sigma:.4f}, root mean square; sqrt(v / {noise['peak']:g}) for a value v"
+            text = f"simulated, noise {sigma:.4f}, root mean square; sqrt(v / {noise['peak']:g}) for a value v"
         else:
             sigma = noise["sigma"]
-            text = f"noise {sigma:.4g}"
+            text = f"simulated, noise {sigma:.4g}"
             if sigma > 0:
                 draws = [torch.randn(y.shape[1:], generator=of_seed(seed, i)) for i in range(len(y))]
                 y = y + 2 * sigma * measured(a, y) * torch.stack(draws).double()
@@ -185,11 +186,24 @@ class MeasurementFromPhoto(io.ComfyNode):
         seen = measured(a, y)
         if noise["noise"] == "estimated":
             sigma, text = estimated(y, seen)
+            if sigma < ROUNDED and blurs(a):
+                sigma, text = ROUNDED, f"{text}; {ROUNDED} is taken, for the rounding of 8 bits behind a blur"
         else:
             sigma = noise["sigma"]
             text = f"noise {sigma:.4g}"
+        if lost := float((1 - seen).mean()):
+            text += f"; {lost:.1%} of the photo lost" + (
+                ": if those are the pixels to keep, invert the mask" if lost > 0.5 else ""
+            )
         # Whatever the photo shows where pixels are lost is no measurement.
         return output(cls, Measurement(seen * y, a, 2 * sigma), text)
+
+
+def blurs(operator: LinearOperator) -> bool:
+    """Whether a blur is among its parts."""
+    if isinstance(operator, Product):
+        return blurs(operator.outer) or blurs(operator.inner)
+    return isinstance(operator, Blur)
 
 
 def estimated(photo: Tensor, seen: Tensor) -> tuple[float, str]:

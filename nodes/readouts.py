@@ -12,7 +12,7 @@ from torch import Tensor
 from ..operators import ConvergenceError, Measurement
 from ..samplers import measured
 from . import host
-from .measurement import check_result, photo_image, single
+from .measurement import ROUNDED, check_result, photo_image, single
 from .pictures import VISIBLE, below, beside, heat, shown
 from .types import CATEGORY, MeasurementType, to_signal
 
@@ -186,8 +186,8 @@ def remedy(limit: float, best: list[float] | str, k: int) -> str:
             f"its photo. Check that they are aligned, and each operator; or set sigma to {best[k]:.2g}"
         )
     return (
-        f"No likely picture brings it below {best[k]:.3g}: this operator did not make this photo. Check the operator's kind, numbers and "
-        f"order; or, if the photo has more noise than was said, set sigma to {best[k]:.2g}"
+        f"No likely picture brings it below {best[k]:.3g}: the photo has more noise than was said, for which set sigma to "
+        f"{max(best[k], ROUNDED):.2g}, or this operator did not make it, for which check its kind, numbers and order"
     )
 
 

@@ -44,7 +44,7 @@ def estimate_blur_from_edge(crop: Tensor) -> BlurEstimate:
 
     Raises:
         ValueError: no clear edge, not one straight edge, an edge that is clipped, or wider than the crop, or sharper than
-            0.5 pixels, or more than one image.
+            0.5 pixels, an interval that begins below half of sigma, or more than one image.
     """
     crop = as_images("crop", crop, one=True)[0]
     _, h, w = crop.shape
@@ -88,6 +88,10 @@ def estimate_blur_from_edge(crop: Tensor) -> BlurEstimate:
     if sigma < 0.5:
         raise ValueError(
             f"crop: the edge is as sharp as pixels show (sigma {sigma:.2f}, told from 0.5 on); leave out the blur, there is none to undo"
+        )
+    if low < sigma / 2:
+        raise ValueError(
+            f"crop: its edge says no more than between {low:.2f} and {high:.2f} pixels; crop nearer to one straight edge, whose sides are even"
         )
     return BlurEstimate(sigma, low, high, height)
 
@@ -189,7 +193,7 @@ def estimate_gaussian_blur(image: Tensor) -> BlurEstimate:
     sigma = math.sqrt(max(scale**2 / (float(ratio.median()) ** 2 - 1) - scale**2, 0.0))
     if sigma < 1.4:
         raise ValueError(
-            f"image: its edges are {sigma:.1f} pixels wide, as in sharp photos; use a crop with one long edge instead, for a blur below 1.4"
+            f"image: its edges read as {sigma:.1f} pixels wide; below 1.4 a sharp photo may read the same. Use a crop with one long edge instead"
         )
     contrast = float(gradient.median()) * sigma * math.sqrt(2 * math.pi)
     if contrast > 2 or sigma > min(grey.shape[2:]) / 8:  # a ramp is as an edge of any width

@@ -6,6 +6,7 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from support.server_prompts import ROOT
@@ -41,6 +42,13 @@ def run(script: str) -> Image.Image:
     return Image.open(io.BytesIO(Path("result.png").read_bytes()))
 
 
+def with_demo_prior(script: str) -> str:
+    """No checkpoint is here."""
+    loader = '"CheckpointLoaderSimple", ckpt_name="v1-5-pruned-emaonly-fp16.safetensors"'
+    assert loader in script
+    return script.replace(loader, '"PosteriorLoadDemoPrior", prior="latents"')
+
+
 def test_first_script(server: Server, scripts: list[str]) -> None:
     assert run(scripts[0]).size == (128, 128)
     assert last_prompt(server)["Operator"]["kernel.sigma"] == 2.0
@@ -49,14 +57,24 @@ def test_first_script(server: Server, scripts: list[str]) -> None:
 def test_third_script_turns_a_template_into_a_graph_for_a_photo(server: Server, scripts: list[str]) -> None:
     Image.fromarray(draw(1_000_000)).crop((0, 0, 104, 80)).save("photo.png")
     begin, post = scripts[0].split("answer = ")
-    loader = '"CheckpointLoaderSimple", ckpt_name="v1-5-pruned-emaonly-fp16.safetensors"'
-    assert loader in scripts[2]
-    script = scripts[2].replace(loader, '"PosteriorLoadDemoPrior", prior="latents"')  # no checkpoint is here
-    assert run(begin + script + "answer = " + post).size == (104, 80)
+    assert run(begin + with_demo_prior(scripts[2]) + "answer = " + post).size == (104, 80)
     inputs = last_prompt(server)
-    assert inputs["Demo Pictures"]["image"].startswith("photo")
-    assert inputs["Measure (simulate)"]["noise.sigma"] == 0.01
+    assert inputs["Load Image"]["image"].startswith("photo")
+    assert inputs["Measurement from Photo"]["noise.sigma"] == 0.01
     assert "Compare" not in inputs
+
+
+def test_fourth_script_fills_a_hole(server: Server, scripts: list[str]) -> None:
+    photo = Image.fromarray(draw(1_000_000))
+    photo.putalpha(Image.new("L", photo.size, 255))
+    photo.paste((0, 0, 0, 0), (40, 48, 80, 72))
+    photo.save("photo.png")
+    begin, post = scripts[0].split("answer = ")
+    result = np.asarray(run(begin + with_demo_prior(scripts[2]) + scripts[3] + "answer = " + post))
+    given = np.asarray(photo)
+    kept = given[..., 3] > 0
+    assert np.array_equal(result[kept], given[..., :3][kept])
+    assert last_prompt(server)["Hole"]["pattern"] == "mask"
 
 
 def test_second_script_is_for_a_photo(server: Server, scripts: list[str]) -> None:
