@@ -1,12 +1,12 @@
 """Whether the spread of the samples is right: does the truth lie where they say it does?
 
-    python benchmarks/calibration.py [--pictures 16] [--samples 20] [--tasks box,downscale_8] [--methods cpigdm:several=True:eta=0.5:spread=1.4_10] [--precision float32]
+    python benchmarks/calibration.py [--pictures 16] [--samples 20] [--tasks box,downscale_8] [--methods cpigdm:several=True:eta=0.5:spread=2.0_10] [--precision float32]
 
 For each held-out portrait, samples from different seeds, made to agree with the photo (without Finish's soft edge in holes). Of every pixel
 that the photo does not fix (a hole's; all of them for other tasks) and each colour: whether the truth lies in the band of its samples that
 one more sample would lie in with 80 % ("inside": 80 is right, less is too sure), and over the picture the correlation r of the standard
 deviation over the samples with the error of their mean, both as the Uncertainty node has them, one number for each pixel. Writes
-results/calibration.md; noise .02. "several=True:eta=0.5:spread=1.4" is what Restore does for several samples. A picture takes half a minute or so.
+results/calibration.md; noise .02. "several=True:eta=0.5:spread=2.0" is what Restore does for several samples. A picture takes half a minute or so.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--tasks", default="box,free_form,stripes,downscale_8,grayscale")
-    parser.add_argument("--methods", default="cpigdm_10,cpigdm:several=True:eta=0.5:spread=1.4_10")
+    parser.add_argument("--methods", default="cpigdm_10,cpigdm:several=True:eta=0.5:spread=2.0_10")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
     given = parser.parse_args()
     if given.samples < 9:

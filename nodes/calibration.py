@@ -128,6 +128,8 @@ class EstimateBlur(io.ComfyNode):
             taps, sigma = gaussian_kernel(found.sigma), found.sigma
             label = f"gaussian blur of {sigma:.2f} pixels"
             text = f"sigma {sigma:.2f} pixels ({found.low:.2f} to {found.high:.2f})"
+            if found.low < sigma / 2:
+                text += "\nthis edge says little: take a straighter one between evener areas, or where it is noisy a longer one"
         recipe = OperatorRecipe(label, lambda full: Blur(taps, full, "reflect"))
         return io.NodeOutput(recipe, sigma, ui=shown(cls, kernel_picture(taps), text=text))
 

@@ -8,7 +8,7 @@ from ..operators import ConvergenceError, Mask, Measurement
 from ..samplers import enforce_consistency, feather_holes
 from ..samplers.pixels import USUAL
 from . import host
-from .measurement import check_result, single
+from .measurement import ROUNDED, check_result, single
 from .pictures import shown
 from .readouts import compared
 from .types import BRIGHTEST, CATEGORY, MeasurementType, to_image, to_signal
@@ -94,7 +94,7 @@ def finish(x: Tensor, measurement: Measurement, error: float = 0.0, feather: flo
         agreed = enforce_consistency(x, measurement, 2 * error or read)
     except ConvergenceError as fault:
         raise ValueError(
-            f"measurement: this operator cannot be met exactly ({fault}). Give its Measurement node a sigma above 0; 0.002 stands "
+            f"measurement: this operator cannot be met exactly ({fault}). Give its Measurement node a sigma above 0; {ROUNDED} stands "
             "for the rounding of an 8-bit photo"
         ) from fault
     if feather > 0 and isinstance(measurement.operator, Mask):
@@ -104,7 +104,7 @@ def finish(x: Tensor, measurement: Measurement, error: float = 0.0, feather: flo
     if largest > BRIGHTEST:
         raise ValueError(
             f"measurement: to agree with this photo as far as its sigma says, {measurement.sigma / 2:.2g}, the picture would need values of up to "
-            f"{largest:.2g}. Give its Measurement node a larger sigma: 0.002 stands for the rounding of an 8-bit photo, 0.01 for a JPEG"
+            f"{largest:.2g}. Give its Measurement node a larger sigma: {ROUNDED} stands for the rounding of an 8-bit photo, 0.01 for a JPEG"
         )
     lines, worst = [], 0.0
     found = [[compared(photo.operator.A(v), photo) for v in (x, to_signal("image", finished))] for photo in photos]

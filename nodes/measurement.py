@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..operators import Blur, Identity, LinearOperator, Measurement, Product, Scale, Stack, estimate_noise_sigma
+from ..operators.compose import factors
 from ..samplers import measured
 from .pictures import beside, shown
 from .types import CATEGORY, LinearOperatorType, MeasurementType, OperatorRecipe, to_image, to_signal
@@ -16,7 +17,7 @@ OUTPUTS = [
 ]
 BLOCK = 8  # pixels; the estimator of noise looks at blocks of this size
 NOISELESS = 1e-4  # on the 0 to 1 scale; a tenth of what 8 bits round away
-ROUNDED = 0.002  # the least that stands for the rounding of 8 bits, which the inverse of a blur amplifies
+ROUNDED = 0.002  # sigma that stands for the rounding of 8 bits, on the same scale; the inverse of a blur amplifies it
 STREAM = 0x9E3779B9  # of the random numbers of simulated noise
 VAGUE = 0.005  # an interval that begins below half its end says nothing, unless it ends below this: a clean photo
 
@@ -157,14 +158,14 @@ class MeasurementFromPhoto(io.ComfyNode):
                             [
                                 sigma_input(
                                     "Noise in the photo, as a standard deviation on the 0 to 1 scale. 0 trusts every pixel; 0.01 is a "
-                                    "clean phone photo, 0.05 to 0.1 a grainy one."
+                                    "clean phone photo, 0.02 a JPEG to enlarge, 0.05 to 0.1 a grainy photo."
                                 )
                             ],
                         ),
                         io.DynamicCombo.Option("estimated", []),
                     ],
                     tooltip="entered: you know the noise, or it is 0. estimated: read from the photo's flattest parts and shown on the "
-                    "node; refused where the photo does not tell.",
+                    f"node, at least {ROUNDED} for a blurred photo of 8 bits; refused where the photo does not tell.",
                 ),
             ],
             outputs=OUTPUTS,
@@ -186,24 +187,19 @@ class MeasurementFromPhoto(io.ComfyNode):
         seen = measured(a, y)
         if noise["noise"] == "estimated":
             sigma, text = estimated(y, seen)
-            if sigma < ROUNDED and blurs(a):
-                sigma, text = ROUNDED, f"{text}; {ROUNDED} is taken, for the rounding of 8 bits behind a blur"
+            if sigma < ROUNDED and any(isinstance(part, Blur) for part in factors(a)) and of_8_bits(photo):
+                sigma, text = ROUNDED, f"{text}\n{ROUNDED} is taken, for the rounding of 8 bits behind a blur"
         else:
             sigma = noise["sigma"]
             text = f"noise {sigma:.4g}"
-        if lost := float((1 - seen).mean()):
-            text += f"; {lost:.1%} of the photo lost" + (
-                ": if those are the pixels to keep, invert the mask" if lost > 0.5 else ""
-            )
         # Whatever the photo shows where pixels are lost is no measurement.
         return output(cls, Measurement(seen * y, a, 2 * sigma), text)
 
 
-def blurs(operator: LinearOperator) -> bool:
-    """Whether a blur is among its parts."""
-    if isinstance(operator, Product):
-        return blurs(operator.outer) or blurs(operator.inner)
-    return isinstance(operator, Blur)
+def of_8_bits(photo: Tensor) -> bool:
+    """Whether every value of an IMAGE is one of 256."""
+    levels = photo * 255
+    return float((levels - levels.round()).abs().max()) < 1e-3
 
 
 def estimated(photo: Tensor, seen: Tensor) -> tuple[float, str]:
@@ -342,6 +338,9 @@ def output(node: type[io.ComfyNode], measurement: Measurement, text: str) -> io.
     draw = torch.randn(measurement.y.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     reached = measurement.operator.A_adjoint(draw.expand(measurement.y.shape).contiguous()).abs_().amax(1)
     lost = (reached <= 1e-9 * reached.max()).float()
+    if share := float(lost.mean()):
+        text += f"\n{'less than 0.1%' if share < 1e-3 else f'{share:.1%}'} of the picture lost"
+        text += "; if a mask marks the pixels to keep, invert it" if share > 0.5 else ""
     picture = degraded(measurement)
     return io.NodeOutput(measurement, picture, lost, ui=shown(node, picture, text=text))
 

@@ -31,7 +31,7 @@ class Consistency(io.ComfyNode):
             display_name="Consistency",
             category=f"{CATEGORY}/read-outs",
             description="Does the result agree with the photo? Degrades it as the photo was, compares, and says so in words and in a "
-            "picture. Tells when no result could agree, because the operator did not make this photo.",
+            "picture. Tells when no result could agree, because the photo has more noise than was said, or another operator made it.",
             search_aliases=["residual", "agreement", "check", "verify", "operator mismatch", "restore"],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
@@ -183,7 +183,7 @@ def remedy(limit: float, best: list[float] | str, k: int) -> str:
     if len(best) > 1:
         return (
             f"The best compromise between the photos leaves {best[k]:.3g} here: they are not of one picture, or an operator did not make "
-            f"its photo. Check that they are aligned, and each operator; or set sigma to {best[k]:.2g}"
+            f"its photo. Check that they are aligned, and each operator; or set sigma to {max(best[k], ROUNDED):.2g}"
         )
     return (
         f"No likely picture brings it below {best[k]:.3g}: the photo has more noise than was said, for which set sigma to "

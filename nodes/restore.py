@@ -25,7 +25,7 @@ SOLVERS = {  # with what `stock_sampler` takes
     "PSLD": (sample_psld, {"rule": "line_search", "omega": 0.8, "gamma": 0.0}),
 }
 # With the sampler's own, eta 2 and no spread, samples of one photo come out too much alike (benchmarks/results/calibration.md).
-SEVERAL = {"eta": 0.5, "spread": 1.4}
+SEVERAL = {"eta": 0.5, "spread": 2.0}
 NEXT_SAMPLE = 1_000_003  # from the seed of a photo's sample to the next one's
 
 
@@ -97,7 +97,7 @@ class Restore(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="How many results for each photo, for the Uncertainty node: where they differ, the details are invented. With more than "
-                    "one, each starts from the highest noise level, and C-PiGDM draws it with the noise that its means leave out (eta .5, spread 1.4): they differ "
+                    "one, each starts from the highest noise level, and C-PiGDM draws it with the noise that its means leave out (eta .5, spread 2): they differ "
                     "more, in holes nearly as much as they are wrong, and the first is not the picture that a single one would be, which is closer to the truth. PSLD's differ by their "
                     "start alone.",
                 ),
@@ -109,7 +109,7 @@ class Restore(io.ComfyNode):
                     advanced=True,
                     tooltip="How the noise levels are spaced. midpoints: the middle of equal parts of the model's time, so that none of few "
                     "network calls goes to the very ends. They begin where noise just hides what is wrong with the filled photo, higher for large "
-                    "holes; for several samples at the model's highest level. The others are ComfyUI's, from the model's highest level on.",
+                    "holes; for several samples at the model's highest level. The others are ComfyUI's, most from the model's highest level on.",
                 ),
                 *run_inputs(LIGHTER_TEXT),
             ],

@@ -44,7 +44,7 @@ def estimate_blur_from_edge(crop: Tensor) -> BlurEstimate:
 
     Raises:
         ValueError: no clear edge, not one straight edge, an edge that is clipped, or wider than the crop, or sharper than
-            0.5 pixels, an interval that begins below half of sigma, or more than one image.
+            0.5 pixels, or more than one image.
     """
     crop = as_images("crop", crop, one=True)[0]
     _, h, w = crop.shape
@@ -88,10 +88,6 @@ def estimate_blur_from_edge(crop: Tensor) -> BlurEstimate:
     if sigma < 0.5:
         raise ValueError(
             f"crop: the edge is as sharp as pixels show (sigma {sigma:.2f}, told from 0.5 on); leave out the blur, there is none to undo"
-        )
-    if low < sigma / 2:
-        raise ValueError(
-            f"crop: its edge says no more than between {low:.2f} and {high:.2f} pixels; crop nearer to one straight edge, whose sides are even"
         )
     return BlurEstimate(sigma, low, high, height)
 

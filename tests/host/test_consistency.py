@@ -136,6 +136,19 @@ def test_an_operator_that_did_not_make_the_photo_is_told(nodes: ModuleType, pack
         assert 0.01 * 1.25 < floor <= 1.01 * sigmas * 0.01
 
 
+def test_no_sigma_below_the_rounding_of_8_bits_is_proposed(nodes: ModuleType, pack: ModuleType) -> None:
+    """A photo of 8 bits, blurred as is said, with less noise than its rounding."""
+    kernel = pack.operators.gaussian_kernel(2.0)
+    made = pack.operators.Blur(kernel, (3, 40, 40), "reflect").A(nodes.types.to_signal("image", picture(40, 40)))
+    rounded = (nodes.types.to_image(made) * 255).round() / 255
+    recipe = nodes.types.OperatorRecipe("blur", blur(pack, 2.0))
+    given = {"noise": "entered", "sigma": 5e-4}
+    measurement = nodes.measurement.MeasurementFromPhoto.execute(rounded, recipe, given).args[0]
+    *_, agrees, text = consistency(nodes, picture(40, 40), measurement)
+    assert not agrees
+    assert re.search(r"No likely picture brings it below 0\.00[01]\d*: .* set sigma to 0\.002, or", text), text
+
+
 def test_a_bad_result_for_the_right_operator_is_not_blamed_on_the_operator(nodes: ModuleType, pack: ModuleType) -> None:
     right = measure(nodes, detailed(), blur(pack, 3.0), 0.01)
     _, _, _, agrees, text = consistency(nodes, picture(seed=1), right)

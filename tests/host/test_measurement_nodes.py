@@ -59,7 +59,10 @@ def test_poisson_noise_leaves_lost_pixels_alone(nodes: ModuleType, pack: ModuleT
     out = simulate(nodes, image, lambda _: pack.operators.Mask(keep), poisson())
     assert bool((out.args[0].y[:, :, :16] == 0).all())
     assert out.args[0].sigma / 2 == pytest.approx((0.2 / PEAK) ** 0.5, rel=1e-6)
-    assert re.fullmatch(r"simulated, noise 0\.0707, root mean square; sqrt\(v / 40\) for a value v", out.ui["text"][0])
+    assert re.fullmatch(
+        r"simulated, noise 0\.0707, root mean square; sqrt\(v / 40\) for a value v\n50\.0% of the picture lost",
+        out.ui["text"][0],
+    )
 
 
 @pytest.mark.parametrize("noise", [gaussian(0.1), poisson()])
@@ -101,26 +104,27 @@ def test_no_noise_is_estimated_as_none(nodes: ModuleType, pack: ModuleType) -> N
 def test_the_noise_behind_a_blur_is_not_estimated_below_the_rounding_of_8_bits(
     nodes: ModuleType, pack: ModuleType, blurred: bool
 ) -> None:
-    """Alone, and with black and white after it; without a blur it is as read."""
+    """Alone, and with black and white after it; without a blur, and in a picture that nobody rounded, it is as read."""
     kernel = pack.operators.gaussian_kernel(2.0)
     blur = lambda shape: pack.operators.Blur(kernel, shape, "reflect")  # noqa: E731
     grey = lambda shape: pack.operators.Grayscale(shape, "709") @ blur(shape)  # noqa: E731
     photo = (simulate(nodes, textured(160), blur, gaussian(0.0)).args[1] * 255).round() / 255
-    for bind, given in ((blur, photo), (grey, photo.mean(-1, keepdim=True).expand_as(photo))):
+    monochrome = (photo.mean(-1, keepdim=True).expand_as(photo) * 255).round() / 255
+    for bind, given in ((blur, photo), (grey, monochrome)):
         out = from_photo(nodes, given, bind if blurred else pack.operators.Identity)
         sigma, text = out.args[0].sigma / 2, out.ui["text"][0]
         assert (sigma == 0.002) == ("0.002 is taken, for the rounding of 8 bits behind a blur" in text) == blurred
         assert blurred or sigma < 0.002
+    grain = 1e-3 * torch.rand(photo.shape, generator=torch.Generator().manual_seed(0))
+    assert "is taken" not in from_photo(nodes, photo + grain, blur).ui["text"][0]
 
 
 @pytest.mark.parametrize("inverted", [False, True])
 def test_how_much_is_lost_is_said(nodes: ModuleType, pack: ModuleType, inverted: bool) -> None:
     hole = lambda shape: pack.operators.Mask(pack.operators.box_mask(shape, (16, 40), invert=inverted))  # noqa: E731
     text = from_photo(nodes, textured(80), hole, noise="entered", sigma=0.0).ui["text"][0]
-    expected = (
-        "90.0% of the photo lost: if those are the pixels to keep, invert the mask" if inverted else "10.0% of the photo lost"
-    )
-    assert text == f"noise 0; {expected}"
+    hint = "; if a mask marks the pixels to keep, invert it"
+    assert text == "noise 0\n" + (f"90.0% of the picture lost{hint}" if inverted else "10.0% of the picture lost")
 
 
 def test_a_photo_that_only_a_wild_picture_would_meet_is_refused(nodes: ModuleType, pack: ModuleType) -> None:

@@ -79,7 +79,7 @@ def test_restore_takes_them(pixels: OnPixels, box: Callable, method: str) -> Non
     assert all(torch.equal(image[i][keep], truth[i][keep]) for i in range(2))
 
 
-@pytest.mark.parametrize(("method", "gain"), [("C-PiGDM", 3.0), ("PSLD", 2.4)])
+@pytest.mark.parametrize(("method", "gain"), [("C-PiGDM", 3.2), ("PSLD", 2.4)])
 @torch.inference_mode()
 def test_what_is_restored_is_nearer_to_the_truth(pixels: OnPixels, method: str, gain: float) -> None:
     """Portraits enlarged four times, against bicubic enlargement, mean over four."""
@@ -88,7 +88,7 @@ def test_what_is_restored_is_nearer_to_the_truth(pixels: OnPixels, method: str, 
     image, _ = pixels.restore(measurement, method, "balanced")
     enlarged = interpolate(measurement.y.float() / 2 + 0.5, scale_factor=4, mode="bicubic").movedim(1, -1)
     psnr = [-10 * (picture.clamp(0, 1) - truth).square().mean((1, 2, 3)).log10().mean() for picture in (image, enlarged)]
-    assert float(psnr[0] - psnr[1]) > gain  # measured: 3.48 and 2.81; from the highest level 3.05 and 2.92
+    assert float(psnr[0] - psnr[1]) > gain  # measured: 3.48 and 2.81; C-PiGDM from the highest level 3.05
 
 
 @torch.inference_mode()

@@ -68,13 +68,6 @@ def edge(angle: float, sigma: float, noise: float = 0.0, contrast: float = 1.0, 
     return noisy(contrast * gaussian_blur(sharp, sigma)[..., 20:-20, 20:-20], noise)
 
 
-def round_edge(radius: float, sigma: float, size: int = 40) -> Tensor:
-    """A disk's edge through the middle, blurred as a straight one is: (1, 1, size, size)."""
-    t = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    outside = torch.hypot(t + radius, t[:, None]) - radius
-    return 0.5 * torch.special.erf(outside / (sigma * 2**0.5))[None, None]
-
-
 # Noise
 
 
@@ -333,7 +326,6 @@ def test_an_edge_between_two_colours_of_equal_grey() -> None:
         ((2.5 * edge(10, 1.0)).clamp(-1, 1), "black or white"),
         (edge(10, 5.0, size=15), "2 sigma"),
         (edge(10, 0.2), "sharp"),
-        (round_edge(44, 2.0), "no more than between 1.07 and 3.92 pixels"),
         (torch.zeros(2, 1, 24, 24), "shape"),
     ],
 )

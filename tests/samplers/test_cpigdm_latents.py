@@ -224,8 +224,10 @@ def test_bfloat16_networks_give_pictures_as_good(solve: Callable[..., Tensor], c
     assert abs(np.mean(low) - np.mean(exact)) < 1
 
 
-@pytest.mark.parametrize(("steps", "last", "bound"), [(1, False, 1.0), (4, False, 1.015), (10, True, 1.015)])
-def test_bfloat16_networks_come_as_near_to_the_photo(steps: int, last: bool, bound: float) -> None:
+@pytest.mark.parametrize(
+    ("steps", "last", "bounds"), [(1, False, (0.96, 1.0)), (4, False, (0.985, 1.015)), (10, True, (0.985, 1.015))]
+)
+def test_bfloat16_networks_come_as_near_to_the_photo(steps: int, last: bool, bounds: tuple[float, float]) -> None:
     """x2, four portraits, the decoder in bfloat16: its finite differences are above the rounding.
 
     That makes a single step's longer, which ends 1 to 3 % nearer; with those of float32 it is up to 1 % further, with a fifth of
@@ -240,7 +242,7 @@ def test_bfloat16_networks_come_as_near_to_the_photo(steps: int, last: bool, bou
         with torch.no_grad():
             residuals.append(exact.measurement.residual_norm(exact.decode(out)))
     ratio = residuals[1] / residuals[0]
-    assert (ratio < bound).all(), ratio
+    assert ((ratio > bounds[0]) & (ratio < bounds[1])).all(), ratio
 
 
 def test_a_sigma_that_is_given_too_large_costs_little() -> None:

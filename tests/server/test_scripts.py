@@ -60,7 +60,7 @@ def test_third_script_turns_a_template_into_a_graph_for_a_photo(server: Server, 
     assert run(begin + with_demo_prior(scripts[2]) + "answer = " + post).size == (104, 80)
     inputs = last_prompt(server)
     assert inputs["Load Image"]["image"].startswith("photo")
-    assert inputs["Measurement from Photo"]["noise.sigma"] == 0.01
+    assert inputs["Measurement from Photo"]["noise.sigma"] == 0.005
     assert "Compare" not in inputs
 
 
