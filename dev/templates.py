@@ -137,7 +137,7 @@ DEMO_TEMPLATES = [
         f"certain, white is invented.\n\n{SWAP},\n{OWN_MASK}",
         [
             *degraded([BOX], (6, 1), 0.0),
-            Node("PosteriorRestore", "Restore", 2, restored(samples=4, quality="fast")),
+            Node("PosteriorRestore", "Restore", 2, restored(samples=4, quality="best")),
             Node("PosteriorUncertainty", "Uncertainty", 3, {"samples": ("Restore", 0)}),
             Node("SaveImage", "Result", 4, {"images": ("Uncertainty", 0), "filename_prefix": "posterior"}),
             picture("Map", 4, ("Uncertainty", 1)),
