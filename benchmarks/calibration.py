@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--samples", type=int, default=20)
-    parser.add_argument("--tasks", default="box,free_form,stripes,downscale_8,grayscale")
+    parser.add_argument("--tasks", default="box,free_form,random_80,stripes,downscale_8,grayscale")
     parser.add_argument("--methods", default="cpigdm_10,cpigdm:several=True:eta=0.5:spread=2.0_10")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
     given = parser.parse_args()
