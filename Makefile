@@ -45,8 +45,8 @@ in_process = tests/host $(if $(older),$(moved:%=--ignore=%) $(own))
 rest = $(if $(older),tests/server $(moved) $(own),tests --ignore=tests/host)
 # With BRIEF=yes what has depended on the version of the host: loading, gradients, names that it lacks, nodes.
 ifdef BRIEF
-in_process = $(addprefix tests/host/test_,host.py missing_internals.py schemas.py stock_nodes.py without_network_gradient.py)
-rest = $(addprefix tests/,server/test_pack.py host/test_gradients.py host/test_paged.py)
+in_process = $(addprefix tests/host/test_,host.py missing_internals.py schemas.py stock_nodes.py)
+rest = $(addprefix tests/,server/test_pack.py host/test_gradients.py)
 endif
 # One thread each: the two fill both cores, and threads that wait for each other spin.
 pytest = OMP_NUM_THREADS=1 "$$ENV_PYTHON" -c 'import pytest, signal, sys; signal.signal(signal.SIGTERM, signal.default_int_handler); sys.exit(pytest.main())'

@@ -15,10 +15,13 @@ def test_the_table_is_up_to_date() -> None:
     assert make_readme.quality() in README.read_text()
 
 
-@pytest.mark.parametrize("split", ["validate", "tune"])
-def test_a_report_is_up_to_date(split: str) -> None:
-    """`benchmarks/quality.py --report` writes it, with `--split tune` the second."""
-    assert rows_path(split, pixels=False).with_suffix(".md").read_text() == table(split, False, "bfloat16")
+@pytest.mark.parametrize(
+    ("split", "pixels", "precision"),
+    [("validate", False, "bfloat16"), ("tune", False, "bfloat16"), ("validate", True, "float32")],
+)
+def test_a_report_is_up_to_date(split: str, pixels: bool, precision: str) -> None:
+    """`benchmarks/quality.py --report` writes it, with `--split tune` the second, with `--pixels` the third."""
+    assert rows_path(split, pixels).with_suffix(".md").read_text() == table(split, pixels, precision)
 
 
 def test_replacing_twice_is_replacing_once() -> None:
