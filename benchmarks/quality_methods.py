@@ -180,7 +180,7 @@ def decoder_only(prior: Prior, measurement: Measurement, calls: int, seed: int) 
         return prior.vae.decode(z)
 
 
-# With one --------------------------------------------------------------------------------------------------------------------
+# With a diffusion prior -------------------------------------------------------------------------------------------------------
 
 
 def sampled(solve: Method, by_midpoints: bool = False, **options: Any) -> Method:

@@ -271,3 +271,15 @@ def test_a_factor_too_large_for_the_photo_is_refused(nodes: ModuleType, side: in
 def test_a_picture_too_long_for_any_operator_is_refused(nodes: ModuleType, pack: ModuleType) -> None:
     with bounded_memory(), pytest.raises(ValueError, match=r"^operator: asks for .* 100000 x 1, .*; use a smaller image"):
         simulate(nodes, torch.zeros(1, 1, 100_000, 3), lambda shape: pack.operators.BicubicDownscale(shape, 1.0), gaussian(0.0))
+
+
+@pytest.mark.parametrize(("radius", "vague"), [(44, True), (2000, False)])
+def test_an_edge_that_says_little_of_the_blur_is_said(nodes: ModuleType, radius: float, vague: bool) -> None:
+    """That of a small disk is no straight one: between 1.07 and 3.92 pixels, for 2."""
+    t = torch.arange(40, dtype=torch.float64) - 19.5
+    outside = torch.hypot(t + radius, t[:, None]) - radius
+    edge = 0.5 + 0.25 * torch.special.erf(outside / (2 * 2**0.5))
+    with torch.inference_mode():
+        out = nodes.calibration.EstimateBlur.execute(edge[None, ..., None].expand(-1, -1, -1, 3).float(), "edge")
+    assert out.args[1] == pytest.approx(2, rel=0.3)
+    assert ("this edge says little" in out.ui["text"][0]) == vague
