@@ -24,7 +24,7 @@ SOLVERS = {  # with what `stock_sampler` takes
     "C-PiGDM": (sample_cpigdm, {"network_gradient": False, "lighter": LIGHTER, "consistency": "decoder"}),
     "PSLD": (sample_psld, {"rule": "line_search", "omega": 0.8, "gamma": 0.0}),
 }
-# With the sampler's own, eta 2 and no spread, samples of one photo come out too much alike (benchmarks/results/calibration.md).
+# With the sampler's own, eta 2 and no spread, samples of one photo come out too much alike (benchmarks/results/latent_tuning.md).
 SEVERAL = {"eta": 0.5, "spread": 2.0}
 NEXT_SAMPLE = 1_000_003  # from the seed of a photo's sample to the next one's
 

@@ -47,6 +47,19 @@ def nodes(pack: ModuleType) -> ModuleType:
     return pack.nodes
 
 
+@pytest.fixture
+def start_levels(nodes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """The levels that Restore's runs start from, in their order; None is the model's highest."""
+    exact, levels = nodes.host.sigmas_of, []
+
+    def noted(*given: Any) -> Tensor:
+        levels.append(given[3])
+        return exact(*given)
+
+    monkeypatch.setattr(nodes.host, "sigmas_of", noted)
+    return levels
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
     """`tiny(arch, **options)`: path of a checkpoint of `support.tiny_checkpoints`, written once for the session."""

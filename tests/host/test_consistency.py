@@ -136,6 +136,19 @@ def test_an_operator_that_did_not_make_the_photo_is_told(nodes: ModuleType, pack
         assert 0.01 * 1.25 < floor <= 1.01 * sigmas * 0.01
 
 
+@pytest.mark.parametrize("width", [1.0, 3.0])
+def test_a_wrong_blur_can_be_met_too(nodes: ModuleType, pack: ModuleType, width: float) -> None:
+    """A photo of blur 2, said to be 1 or 3: agreement does not prove the operator."""
+    made = pack.operators.Blur(pack.operators.gaussian_kernel(2.0), (3, 48, 64), "reflect").A(
+        nodes.types.to_signal("image", picture())
+    )
+    rounded = (nodes.types.to_image(made) * 255).round() / 255
+    recipe = nodes.types.OperatorRecipe("blur", blur(pack, width))
+    wrong = nodes.measurement.MeasurementFromPhoto.execute(rounded, recipe, {"noise": "entered", "sigma": 0.01}).args[0]
+    finished = nodes.finish.Finish.execute(picture(), wrong, 0.05).args[0]
+    assert consistency(nodes, finished, wrong)[3]
+
+
 def test_no_sigma_below_the_rounding_of_8_bits_is_proposed(nodes: ModuleType, pack: ModuleType) -> None:
     """A photo of 8 bits, blurred as is said, with less noise than its rounding."""
     kernel = pack.operators.gaussian_kernel(2.0)
