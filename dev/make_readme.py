@@ -1,7 +1,8 @@
-"""`make readme`: runs the demo, and brings the README's picture and numbers up to date.
+"""`make readme`: runs the demo, and brings the READMEs' picture and numbers up to date.
 
-Replaces docs/demo.png and what stands between <!-- demo --> or <!-- quality --> and its end mark. The quality table is that of
-the rows in benchmarks/results/quality.csv of the shipped weights, which `benchmarks/quality.py` measures in hours.
+Replaces docs/demo.png, and in README.md and benchmarks/README.md what stands between <!-- quality --> or <!-- demo --> and its end
+mark. The quality tables are those of the rows in benchmarks/results/quality.csv of the shipped weights, which
+`benchmarks/quality.py` measures in hours.
 """
 
 import shutil
@@ -15,6 +16,7 @@ sys.path.append(str(ROOT))
 from benchmarks.quality_methods import DENOISE_SIGMA  # noqa: E402
 from benchmarks.quality_report import NAMES, by_picture, mean_and_error, preferred, present  # noqa: E402
 
+READMES = README, REPORT = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 SIGMA, PRECISION = 0.02, "bfloat16"
 METHODS = {
     "baseline_0": "baseline",
@@ -30,6 +32,8 @@ METHODS = {
     "cpigdm_10": "C-PiGDM 10",
     "cpigdm_20": "C-PiGDM 20",
 }
+# In README.md; in benchmarks/README.md all.
+SHORT = ("baseline_0", "psld_paper_250", "psld_paper_1000", "psld_line_search_20", "cpigdm_5", "cpigdm_10")
 # Of which SSIM and residual are shown, too.
 ALSO = (
     "baseline_0",
@@ -42,8 +46,11 @@ ALSO = (
 )
 
 
-def quality() -> str:
-    """Tables by task and method, over the pictures that all of them have; methods not measured on every task are left out."""
+def quality() -> tuple[str, str]:
+    """Tables by task and method, the short one and all of them.
+
+    Over the pictures that all methods have; methods not measured on every task are left out.
+    """
     rows = preferred(present("validate", pixels=False), PRECISION)
 
     def found(column: str) -> dict[str, dict[str, dict[str, float]]]:
@@ -62,25 +69,29 @@ def quality() -> str:
     def means(of: dict[str, float]) -> tuple[float, float]:
         return mean_and_error([of[i] for i in sorted(common)])
 
+    def decibels(task: str, method: str) -> str:
+        return f"{means(psnr[task][method])[0]:.1f}"
+
     errors = sorted(means(of[method])[1] for of in psnr.values() for method in methods)
     ssim, residual = found("ssim"), found("residual")
-    both = [method for method in methods if method in ALSO]
-    return "\n".join(
-        [
-            f"PSNR in dB on the demo prior, by number of network calls: means over {len(common)} held-out portraits, noise .02, in",
-            f"denoising .2. Standard errors are {errors[0]:.2f} to {errors[-1]:.2f}, half of them below {errors[len(errors) // 2]:.2f}, "
-            "much of it shared between methods, as the pictures are the same.",
-            "",
-            *table(methods, lambda task, method: f"{means(psnr[task][method])[0]:.1f}"),
-            "",
-            "SSIM on the same portraits, and |A x - y| in units of the noise before Finish: 1 is right.",
-            "",
-            *table(
-                both,
-                lambda task, method: f"{means(ssim[task][method])[0]:.2f}, {means(residual[task][method])[0]:.2g}",
-            ),
-        ]
-    )
+    text = f"""\
+PSNR in dB on the demo prior, by number of network calls: means over {len(common)} held-out portraits, noise .02, in
+denoising .2. Standard errors are {errors[0]:.2f} to {errors[-1]:.2f}, half of them below {errors[len(errors) // 2]:.2f}, \
+much of it shared between methods, as the pictures are the same.
+"""
+    short = [text, *table([method for method in methods if method in SHORT], decibels)]
+    everything = [
+        text,
+        *table(methods, decibels),
+        "",
+        "SSIM on the same portraits, and |A x - y| in units of the noise before Finish: 1 is right.",
+        "",
+        *table(
+            [method for method in methods if method in ALSO],
+            lambda task, method: f"{means(ssim[task][method])[0]:.2f}, {means(residual[task][method])[0]:.2g}",
+        ),
+    ]
+    return "\n".join(short), "\n".join(everything)
 
 
 def table(methods: list[str], cell: Callable[[str, str], str]) -> list[str]:
@@ -100,19 +111,22 @@ def replaced(text: str, mark: str, block: str) -> str:
     start, end = f"<!-- {mark} -->\n", f"\n<!-- end of {mark} -->"
     for each in (start, end):
         if text.count(each) != 1:
-            raise ValueError(f"README.md: {each.strip()} is there {text.count(each)} times, expected once")
+            raise ValueError(f"{each.strip()} is there {text.count(each)} times, expected once")
     return f"{text.partition(start)[0]}{start}\n{block}\n{end}{text.partition(end)[2]}"
 
 
 def main() -> int:
     import demo  # beside this file; needs the set-up that make does
 
-    readme = ROOT / "README.md"
-    text = replaced(readme.read_text(), "quality", quality())  # before the demo's minutes: it may have no rows
+    # Before the demo's minutes: there may be no rows, or no marks.
+    texts = {path: replaced(path.read_text(), "quality", block) for path, block in zip(READMES, quality(), strict=True)}
+    replaced(texts[REPORT], "demo", "")
     if fault := demo.main():
         return fault
     table = (demo.OUTPUT / "report.md").read_text().split("\n\n", 2)[2].strip()
-    readme.write_text(replaced(text, "demo", table))
+    texts[REPORT] = replaced(texts[REPORT], "demo", table)
+    for path, text in texts.items():
+        path.write_text(text)
     shutil.copyfile(demo.OUTPUT / "grid.png", ROOT / "docs" / "demo.png")
     return 0
 

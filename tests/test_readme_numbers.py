@@ -1,18 +1,14 @@
-"""The README's table of qualities and the reports are those of the measured rows, with the weights that are shipped."""
-
-from pathlib import Path
+"""The READMEs' tables of qualities and the reports are those of the measured rows, with the weights that are shipped."""
 
 import pytest
 
 from benchmarks.quality_report import rows_path, table
 from dev import make_readme
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-
-
-def test_the_table_is_up_to_date() -> None:
-    """`make readme` writes it."""
-    assert make_readme.quality() in README.read_text()
+def test_the_tables_are_up_to_date() -> None:
+    """`make readme` writes them."""
+    for path, block in zip(make_readme.READMES, make_readme.quality(), strict=True):
+        assert make_readme.replaced(path.read_text(), "quality", block) == path.read_text()
 
 
 @pytest.mark.parametrize(
@@ -25,15 +21,15 @@ def test_a_report_is_up_to_date(split: str, pixels: bool, precision: str) -> Non
 
 
 def test_replacing_twice_is_replacing_once() -> None:
-    text = README.read_text()
-    once = make_readme.replaced(text, "quality", "numbers")
-    assert make_readme.replaced(once, "quality", "numbers") == once
-    assert make_readme.replaced(once, "quality", make_readme.quality()) == text
+    text = make_readme.REPORT.read_text()
+    once = make_readme.replaced(text, "demo", "numbers")
+    assert once != text
+    assert make_readme.replaced(once, "demo", "numbers") == once
 
 
 @pytest.mark.parametrize("mark", ["<!-- quality -->\n", "\n<!-- end of quality -->"])
 def test_no_mark_is_missed(mark: str) -> None:
-    text = README.read_text()
+    text = make_readme.README.read_text()
     for broken in (text.replace(mark, ""), text + mark):
         with pytest.raises(ValueError, match=r"quality --> is there [02] times, expected once"):
             make_readme.replaced(broken, "quality", "numbers")

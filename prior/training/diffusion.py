@@ -42,9 +42,12 @@ def eps_mse(unet: nn.Module, x: Tensor, batch: int = 32) -> Tensor:
 
 
 @torch.no_grad()
-def ddim(unet: nn.Module, shape: tuple[int, ...], steps: int = 25, seed: int = 0, limit: float = 4.0) -> Tensor:
-    """Samples by DDIM (Song et al. 2021), x0 limited to -limit..limit."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def ddim(
+    unet: nn.Module, shape: tuple[int, ...], steps: int = 25, seed: int = 0, limit: float = 4.0, eta: float = 0.0
+) -> Tensor:
+    """Samples by DDIM (Song et al. 2021), x0 limited to -limit..limit; with eta 1 by DDPM, the fresh noise from the same seed."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=rng)
     alphas = torch.cat([alphas_cumprod().float(), torch.ones(1)])
     times = [*torch.linspace(999, 0, steps).long().tolist(), -1]
     for now, after in pairwise(times):
@@ -52,7 +55,10 @@ def ddim(unet: nn.Module, shape: tuple[int, ...], steps: int = 25, seed: int = 0
         eps = unet(x, torch.full((len(x),), now))
         x0 = ((x - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-limit, limit)
         eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
-        x = b.sqrt() * x0 + (1 - b).sqrt() * eps
+        fresh = eta * ((1 - b) / (1 - a) * (1 - a / b)).sqrt()
+        x = b.sqrt() * x0 + (1 - b - fresh**2).sqrt() * eps
+        if eta:
+            x = x + fresh * torch.randn(shape, generator=rng)
     return x
 
 

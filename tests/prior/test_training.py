@@ -134,9 +134,31 @@ def test_eps_mse() -> None:
     assert float(diffusion.eps_mse(Exact(0.4), x).mean()) == pytest.approx(float(0.01 * snr[t].mean()), rel=1e-3)
 
 
-def test_ddim_finds_what_the_network_knows() -> None:
-    samples = diffusion.ddim(Exact(0.5), (2, 3, 4, 4), limit=1.0)
+class Normal(nn.Module):
+    """The expected noise of pictures whose values are independent, normal, of standard deviation 0.5."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        a = alphas_cumprod().float()[t][:, None, None, None]
+        return (1 - a).sqrt() * x / (a * 0.25 + 1 - a)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_finds_what_the_network_knows(eta: float) -> None:
+    samples = diffusion.ddim(Exact(0.5), (2, 3, 4, 4), limit=1.0, eta=eta)
     assert torch.allclose(samples, torch.full_like(samples, 0.5), atol=1e-4)
+    spread = diffusion.ddim(Normal(), (4, 4, 32, 32), steps=1000, eta=eta)
+    assert float(spread.std()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_ddpm_draws_fresh_noise_from_the_seed() -> None:
+    first, again, other = (diffusion.ddim(Normal(), (1, 4, 16, 16), seed=seed, eta=1.0) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    # What ends the chain is hardly what began it: DDIM only scales it.
+    start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert abs(float(torch.corrcoef(torch.stack([first.flatten(), start.flatten()]))[0, 1])) < 0.2
+    kept = diffusion.ddim(Normal(), (1, 4, 16, 16))
+    assert float(torch.corrcoef(torch.stack([kept.flatten(), start.flatten()]))[0, 1]) > 0.99
 
 
 def test_training_pictures_at_another_size() -> None:
