@@ -5,6 +5,7 @@ import pytest
 from benchmarks.quality_report import rows_path, table
 from dev import make_readme
 
+
 def test_the_tables_are_up_to_date() -> None:
     """`make readme` writes them."""
     for path, block in zip(make_readme.READMES, make_readme.quality(), strict=True):
