@@ -1,12 +1,12 @@
 """Whether the spread of the samples is right: does the truth lie where they say it does?
 
-    python benchmarks/calibration.py [--pictures 16] [--samples 20] [--tasks box,downscale_8] [--methods cpigdm:several=True:eta=0.5:spread=2.0_10] [--precision float32]
+    python benchmarks/calibration.py [--pictures 16] [--samples 20] [--tasks box,downscale_8] [--methods cpigdm:several=True:eta=0.5:spread=2.0_10] [--precision float32] [--add]
 
 For each held-out portrait, samples from different seeds, made to agree with the photo (without Finish's soft edge in holes). Of every pixel
 that the photo does not fix (a hole's; all of them for other tasks) and each colour: whether the truth lies in the band of its samples that
 one more sample would lie in with 80 % ("inside": 80 is right, less is too sure), and over the picture the correlation r of the standard
 deviation over the samples with the error of their mean, both as the Uncertainty node has them, one number for each pixel. Writes
-results/calibration.md; noise .02. "several=True:eta=0.5:spread=2.0" is what Restore does for several samples. A picture takes half a minute or so.
+results/calibration.md, with --add below the rows that are there; noise .02. "several=True:eta=0.5:spread=2.0" is what Restore does for several samples. A picture takes half a minute or so.
 """
 
 import argparse
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="box,free_form,random_80,stripes,downscale_8,grayscale")
     parser.add_argument("--methods", default="cpigdm_10,cpigdm:several=True:eta=0.5:spread=2.0_10")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--add", action="store_true", help="keep the rows that are there")
     given = parser.parse_args()
     if given.samples < 9:
         parser.error(f"--samples: got {given.samples}, expected at least 9; fewer have no tenth and no ninetieth percentile")
@@ -72,13 +73,18 @@ def main() -> None:
     lines = [
         "# Calibration of the samples",
         "",
-        f"{given.pictures} held-out portraits, {given.samples} samples each, noise {SIGMA:g}, weights {weights_id(False)}, networks in {given.precision}. Made by "
+        f"{given.pictures} held-out portraits, {given.samples} samples each, noise {SIGMA:g}, weights {weights_id(False)}. Made by "
         "`benchmarks/calibration.py`, whose text says what the columns are. Deviation and error: root mean squares over the free pixels, "
         "on the 0 to 1 scale, the error of the mean of endlessly many; equal if the samples are as far apart as they are wrong.",
         "",
-        "| task | method | inside 10-90, % | r | deviation | error of the mean |",
-        "|---|---|---|---|---|---|",
+        "| task | method | networks in | inside 10-90, % | r | deviation | error of the mean |",
+        "|---|---|---|---|---|---|---|",
     ]
+    if given.add:
+        there = RESULT.read_text().splitlines()
+        if there[: len(lines)] != lines:
+            parser.error(f"--add: {RESULT.name} is of other weights, pictures or samples")
+        lines = there
     for task in given.tasks.split(","):
         for name in given.methods.split(","):
             found: list[dict[str, float]] = []
@@ -96,7 +102,7 @@ def main() -> None:
                 print(task, name, i, {key: round(value, 3) for key, value in found[-1].items()}, flush=True)
             cells = [mean_and_error([f[key] for f in found]) for key in found[0]]
             text = [f"{cells[0][0]:.0f} +- {cells[0][1]:.0f}", f"{cells[1][0]:.2f} +- {cells[1][1]:.2f}"]
-            lines.append(f"| {task} | {name} | " + " | ".join([*text, *(f"{c[0]:.3f}" for c in cells[2:])]) + " |")
+            lines.append(f"| {task} | {name} | {given.precision} | " + " | ".join([*text, *(f"{c[0]:.3f}" for c in cells[2:])]) + " |")
             RESULT.write_text("\n".join(lines) + "\n")
 
 
