@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ..operators import ConvergenceError, Mask, Measurement
 from ..samplers import enforce_consistency, feather_holes
-from ..samplers.pixels import USUAL
 from . import host
 from .measurement import ROUNDED, check_result, single
 from .pictures import shown
@@ -88,10 +87,8 @@ def finish(x: Tensor, measurement: Measurement, error: float = 0.0, feather: flo
     """
     measurement = host.stoppable(measurement, torch.float64)
     photos = single(measurement)
-    # Of combined photos each must agree: what one of them leaves is not to be averaged with the others.
-    read = None if len(photos) == 1 else USUAL
     try:
-        agreed = enforce_consistency(x, measurement, 2 * error or read)
+        agreed = enforce_consistency(x, measurement, 2 * error or None, photos=photos)
     except ConvergenceError as fault:
         raise ValueError(
             f"measurement: this operator cannot be met exactly ({fault}). Give its Measurement node a sigma above 0; {ROUNDED} stands "

@@ -1,5 +1,6 @@
 """Pictures and measurements in pixel space: what was measured, and how a picture is made to agree with it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,7 +66,9 @@ def _trace(operator: Any, x: Tensor) -> Tensor:
     return operator.A(draw.expand(x.shape).contiguous()).square().flatten(1).sum(1)
 
 
-def enforce_consistency(x: Tensor, measurement: Any, error: float | None = None, sweeps: int = 20) -> Tensor:
+def enforce_consistency(
+    x: Tensor, measurement: Any, error: float | None = None, sweeps: int = 20, photos: Sequence[Any] = ()
+) -> Tensor:
     """Correct x as little as possible so that it agrees with y.
 
     Noise-free: x + A^+ (y - A x), the nearest picture with A x = y. Where that leaves [-1, 1], clamping and projecting take
@@ -80,13 +83,17 @@ def enforce_consistency(x: Tensor, measurement: Any, error: float | None = None,
             `expected_error`, up to 0.1; more, up to 0.1, where that does not bring the residual down to the noise: errors that a
             blur lets through are larger in it than white ones. Used only when sigma > 0.
         sweeps: at most this many rounds of alternating projections.
+        photos: the measurements that a combined one is made of. Each has to be within its noise then: what one of them leaves is
+            not averaged with what the others do.
 
     Raises:
         ValueError: noise-free, and meeting y exactly would amplify the rounding of an 8-bit photo into the picture.
     """
     operator, y = measurement.operator, measurement.y.expand(len(x), -1, -1, -1)
     if measurement.sigma > 0:
-        return _as_it_needs(x, measurement) if error is None else operator.prox_l2(x, y, (error / measurement.sigma) ** 2)
+        if error is None:
+            return _as_it_needs(x, measurement, photos or [measurement])
+        return operator.prox_l2(x, y, (error / measurement.sigma) ** 2)
     exact = x + operator.A_dagger(y - operator.A(x))
     # A blur's inverse has gains of up to 1e6: a y that was rounded to 8 bits then moves x by far more than it would if the
     # rounding were taken into account.
@@ -106,24 +113,34 @@ def enforce_consistency(x: Tensor, measurement: Any, error: float | None = None,
     return x
 
 
-def _as_it_needs(x: Tensor, measurement: Any) -> Tensor:
-    """`enforce_consistency` with noise, each picture with the error that its residual tells, raised until it agrees."""
-    goals = noise_norm(measurement).expand(len(x))
+def _as_it_needs(x: Tensor, measurement: Any, photos: Sequence[Any]) -> Tensor:
+    """`enforce_consistency` with noise, each picture with the error that its residuals tell, raised until it agrees."""
+    errors = torch.stack([expected_error(x, photo) for photo in photos]).amax(0).clamp(max=USUAL)
+    goals = [noise_norm(photo).expand(len(x)) for photo in photos]
+
+    def agrees(image: Tensor, i: int) -> bool:
+        return all(float(residual(image, photo, i)) <= goal[i] for photo, goal in zip(photos, goals, strict=True))
+
     images = []
-    for i, error in enumerate(expected_error(x, measurement).clamp(max=USUAL).tolist()):
-        image, residual = corrected(x, measurement, i, error)
-        while 0 < error < USUAL and residual > goals[i]:
+    for i, error in enumerate(errors.tolist()):
+        image = corrected(x, measurement, i, error)
+        while 0 < error < USUAL and not agrees(image, i):
             error = min(2 * error, USUAL)
-            image, residual = corrected(x, measurement, i, error)
+            image = corrected(x, measurement, i, error)
         images.append(image)
     return torch.cat(images)
 
 
-def corrected(x: Tensor, measurement: Any, i: int, error: float) -> tuple[Tensor, float]:
-    """Image i of x, (1, C, H, W), as the mean under y of an image that is off by white errors of this size, and its ||A x - y||."""
-    operator, y = measurement.operator.select(i), measurement.y.expand(len(x), -1, -1, -1)[i : i + 1]
-    image = operator.prox_l2(x[i : i + 1], y, (error / measurement.sigma) ** 2)
-    return image, float((operator.A(image) - y).norm())
+def corrected(x: Tensor, measurement: Any, i: int, error: float) -> Tensor:
+    """Image i of x, (1, C, H, W), as the mean under y of an image that is off by white errors of this size."""
+    y = measurement.y.expand(len(x), -1, -1, -1)[i : i + 1]
+    return measurement.operator.select(i).prox_l2(x[i : i + 1], y, (error / measurement.sigma) ** 2)
+
+
+def residual(image: Tensor, measurement: Any, i: int) -> Tensor:
+    """||A x - y|| of one image, (1, C, H, W), with the measurement of image i."""
+    y = measurement.y[i : i + 1] if len(measurement.y) > 1 else measurement.y
+    return (measurement.operator.select(i).A(image) - y).norm()
 
 
 def feather_holes(x: Tensor, agreed: Tensor, keep: Tensor, width: float) -> Tensor:

@@ -73,7 +73,7 @@ class NoisyPixels(Space):
         if not bool(wrong.any()):
             return target
         errors = expected_error(x0, self.measurement).tolist()
-        means = [corrected(x0, self.measurement, i, shown)[0] for i, shown in enumerate(errors)]
+        means = [corrected(x0, self.measurement, i, shown) for i, shown in enumerate(errors)]
         return torch.where(per_image(wrong, x0), x0 + self.freed(torch.cat(means) - x0), target)
 
     def gram(self, v: Tensor, h: Spectral) -> Tensor:

@@ -133,6 +133,49 @@ def test_more_than_was_read_where_that_does_not_suffice() -> None:
     assert float(measurement.residual_norm(out)) < float(measurement.residual_norm(enforce_consistency(x, measurement, read)))
 
 
+def burst(size: int, sigma: float) -> tuple[torch.Tensor, list[Measurement], Measurement]:
+    """A picture, two noisy photos of it, and both as one measurement."""
+    truth, operator = photo(size), Identity((3, size, size))
+    g = torch.Generator().manual_seed(0)
+    parts = [
+        Measurement(truth + sigma * torch.randn(truth.shape, generator=g, dtype=torch.float64), operator, sigma) for _ in range(2)
+    ]
+    stack = Stack([part.operator for part in parts])
+    return truth, parts, Measurement(stack.join([part.y for part in parts]), stack, sigma)
+
+
+def test_the_grain_of_several_photos_stays_out() -> None:
+    truth, parts, both = burst(64, 0.2)
+    out = enforce_consistency(truth, both, photos=parts)
+    assert float((out - truth).square().mean().sqrt()) < 0.02
+    assert float((enforce_consistency(truth, both, 0.1) - truth).square().mean().sqrt()) > 0.04  # what it is told to do
+
+
+def test_each_of_several_photos_has_to_agree() -> None:
+    """Off in the right half, which one photo shows: over both photos that is hardly more than their noise."""
+    truth, sigma, g = photo(64), 0.05, torch.Generator().manual_seed(0)
+    left = torch.zeros(1, 1, 64, 64, dtype=torch.float64)
+    left[..., :48] = 1
+    parts = []
+    for keep in (left, 1 - left):
+        operator = Mask(keep)
+        noise = sigma * keep * torch.randn(truth.shape, generator=g, dtype=torch.float64)
+        parts.append(Measurement(operator.A(truth) + noise, operator, sigma))
+    stack = Stack([part.operator for part in parts])
+    both = Measurement(stack.join([part.y for part in parts]), stack, sigma)
+    x = torch.cat([truth, truth + 0.03 * (1 - left)])
+
+    def times(image: torch.Tensor, part: Measurement) -> torch.Tensor:
+        return part.residual_norm(image) / sigma / measured(part.operator, part.y).sum().sqrt()
+
+    assert float(times(x, parts[1])[1]) > 1.1
+    out = enforce_consistency(x, both, photos=parts)
+    assert bool((torch.stack([times(out, part) for part in parts]) <= 1).all())
+    torch.testing.assert_close(enforce_consistency(x[1:], both, photos=parts), out[1:], rtol=0, atol=0)
+    # By the two together it is as near as it should be.
+    assert float(times(enforce_consistency(x[1:], both), parts[1])) > 1
+
+
 # Feathering ---------------------------------------------------------------------------------------------------------------
 
 
