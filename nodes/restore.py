@@ -1,6 +1,8 @@
 """One node from measurement to picture, for everybody who does not want to build the graph."""
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -16,6 +18,7 @@ from .plot import residual_plot
 from .samplers import LIGHTER, LIGHTER_TEXT, run_inputs
 from .types import CATEGORY, MeasurementType, to_image, to_signal
 
+log = logging.getLogger("comfyui-posterior")
 CALLS = {  # network calls; PSLD's also take a gradient through the network
     "C-PiGDM": {"fast": 5, "balanced": 10, "best": 20},
     "PSLD": {"fast": 20, "balanced": 50, "best": 100},
@@ -153,47 +156,63 @@ class Restore(io.ComfyNode):
         if method == "C-PiGDM" and samples > 1:
             options = {**options, **SEVERAL}
         run = {"memory": memory, "unique_id": host.node_id(cls), "plan": host.Plan()}
-        images, worst, texts, curves, notes = [], 0.0, [], [], []
+        images, worst, texts, curves, notes, count = [], 0.0, [], [], [], len(filled) * samples
         if isinstance(exact.operator, Identity) and exact.sigma == 0:
             notes.append(
                 "nothing to restore: the photo is said to be whole and noise-free. Give its Measurement node a sigma above 0"
             )
-        # One picture at a time: it takes the memory of one, and comes out the same to the bit in any batch.
-        for i in range(len(filled)):
-            first = filled[i : i + 1]
-            start = to_signal("measurement", first).float() if on_pixels else vae.encode(first)
-            # Several samples are to differ as much as the posterior's, and start from the highest level.
-            level = None
-            if scheduler == host.MIDPOINTS and samples == 1:
-                level = start_level(host.stoppable(exact.select(i)), vae.upscale_ratio)
-            sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler, level)
-            for k in range(samples):
-                check = check_gradients and i == k == 0
-                photo = wide.select(i)
-                curves.append([])
-                sampler = host.stock_sampler(
-                    noting(solve, photo, curves[-1]),
-                    photo.to(torch.float32),
-                    vae,
-                    check_gradients=check,
-                    notes=notes,
-                    **run,
-                    **options,
-                )
-                # Photo i of a batch comes out as it would with seed + i alone.
-                number = (seed + i + k * NEXT_SAMPLE) % 2**63
-                latent = host.sample_latents(model, positive, negative, cfg, sampler, sigmas, start, number)
-                decoded = to_image(latent).clamp(0, 1) if on_pixels else vae.decode(latent)
-                if not bool(torch.isfinite(decoded).all()):
-                    raise ValueError(
-                        "vae: the picture it decodes has NaN or infinite values; start ComfyUI with --fp32-vae, or use another VAE"
+        with keeping(cls, images, count):
+            # One picture at a time: it takes the memory of one, and comes out the same to the bit in any batch.
+            for i in range(len(filled)):
+                first = filled[i : i + 1]
+                start = to_signal("measurement", first).float() if on_pixels else vae.encode(first)
+                # Several samples are to differ as much as the posterior's, and start from the highest level.
+                level = None
+                if scheduler == host.MIDPOINTS and samples == 1:
+                    level = start_level(host.stoppable(exact.select(i)), vae.upscale_ratio)
+                sigmas = host.sigmas_of(model, CALLS[method][quality], scheduler, level)
+                for k in range(samples):
+                    check = check_gradients and i == k == 0
+                    photo = wide.select(i)
+                    curves.append([])
+                    sampler = host.stock_sampler(
+                        noting(solve, photo, curves[-1]),
+                        photo.to(torch.float32),
+                        vae,
+                        check_gradients=check,
+                        notes=notes,
+                        title=f"picture {len(images) + 1} of {count}, " if count > 1 else "",
+                        **run,
+                        **options,
                     )
-                image, rms, text = finish(window(to_signal("vae", decoded)), exact.select(i))
-                images.append(image)
-                worst, texts = max(worst, rms), [*texts, text]
+                    # Photo i of a batch comes out as it would with seed + i alone.
+                    number = (seed + i + k * NEXT_SAMPLE) % 2**63
+                    part = (len(images), count)
+                    latent = host.sample_latents(model, positive, negative, cfg, sampler, sigmas, start, number, part)
+                    decoded = to_image(latent).clamp(0, 1) if on_pixels else vae.decode(latent)
+                    if not bool(torch.isfinite(decoded).all()):
+                        raise ValueError(
+                            "vae: the picture it decodes has NaN or infinite values; start ComfyUI with --fp32-vae, or use another VAE"
+                        )
+                    image, rms, text = finish(window(to_signal("vae", decoded)), exact.select(i))
+                    images.append(image)
+                    worst, texts = max(worst, rms), [*texts, text]
         pictures, plot = torch.cat(images), residual_plot(curves, exact.sigma / 2)
         previews = [pictures] if plot is None else [pictures, plot]
         return io.NodeOutput(pictures, worst, ui=shown(cls, *previews, text="\n".join([*texts, *notes])))
+
+
+@contextlib.contextmanager
+def keeping(node: type[io.ComfyNode], images: list[Tensor], count: int) -> Iterator[None]:
+    """Inside, where a run of several pictures is cancelled or fails, those that are done are saved."""
+    try:
+        yield
+    except Exception:  # the host's for a cancelled run among them
+        if images:
+            line = f"ended early: what was done, {len(images)} of {count} pictures, {host.saved(torch.cat(images))}"
+            log.warning(line)
+            host.show_text(node, line)
+        raise
 
 
 def noting(solve: Callable[..., Tensor], photo: Measurement, curve: list[float]) -> Callable[..., Tensor]:

@@ -196,7 +196,7 @@ class SamplerCPiGDM(io.ComfyNode):
             default="off",
             advanced=True,
             tooltip="Add the network's Jacobian, at the price of a gradient through it; vp is the paper's. Only for models on pixels. It did "
-            "not help where it was measured.",
+            "not help where it was measured, but with weight bayes and a noisy photo, which needs it.",
         )
         w = io.Float.Input(
             "w",
@@ -204,7 +204,8 @@ class SamplerCPiGDM(io.ComfyNode):
             min=0.0,
             max=1000.0,
             step=0.5,
-            tooltip="Strength; the paper takes 15 for photos without noise, 2 for noisy ones. 0 ignores the photo.",
+            tooltip="Strength; for models on pixels the paper takes 15 for photos without noise and 2 for noisy ones, for latents take 15 for both. "
+            "0 ignores the photo.",
         )
         return io.Schema(
             node_id="PosteriorSamplerCPiGDM",
@@ -256,7 +257,7 @@ class SamplerCPiGDM(io.ComfyNode):
                         io.DynamicCombo.Option("paper", [w, jacobian, eta(0.0)]),
                     ],
                     tooltip="How strong the guidance is at each noise level. dual: remembers from step to step what is still missing. bayes: "
-                    "exact for a Gaussian prior. paper: as published.",
+                    "exact for a Gaussian prior, for a noisy photo with the Jacobian only. paper: as published.",
                 ),
                 io.Vae.Input(
                     "vae",
@@ -283,11 +284,16 @@ class SamplerCPiGDM(io.ComfyNode):
         options = {"consistency": consistency, "inner_steps": inner_steps, "last_steps": last_steps, **weight}
         if vae is not None:
             host.latent_size(vae, measurement.operator.in_shape)
-            closed = host.works_on_pixels(vae) and measurement.operator.exact
-            if weight.get("jacobian", "off") != "off" and not closed:
-                raise ValueError("jacobian: works only for models on pixels and operators with a closed form; set it to off")
+        on_pixels = vae is None or host.works_on_pixels(vae)
+        closed, jacobian = on_pixels and measurement.operator.exact, weight.get("jacobian", "off") != "off"
+        if jacobian and not closed:
+            raise ValueError("jacobian: works only for models on pixels and operators with a closed form; set it to off")
+        if weight["weight"] == "bayes" and closed and not jacobian and measurement.sigma > 0:
+            raise ValueError(
+                "jacobian: without it, weight bayes amplifies the noise of this photo on a model that works on pixels. Set jacobian to k, or weight to dual"
+            )
         run = {"memory": memory, "check_gradients": check_gradients, "unique_id": host.node_id(cls)}
-        run |= {"network_gradient": weight.get("jacobian", "off") != "off", "lighter": LIGHTER}
+        run |= {"network_gradient": jacobian, "lighter": LIGHTER}
         return io.NodeOutput(host.stock_sampler(sample_cpigdm, measurement, vae, **run, **options))
 
 

@@ -22,7 +22,7 @@ notices. ComfyUI is imported inside functions: a renamed internal then fails one
 
 from .codec import Codec, check_sizes, check_vae, latent_size, side_multiple, works_on_pixels
 from .demo_models import null_clip, picture_vae, pixel_vae, slim_sd15
-from .faults import naming_lack_of_memory, stoppable
+from .faults import naming_lack_of_memory, saved, stoppable
 from .gradients import differentiable_options, gradients, normal_tensors, normal_weights
 from .internals import naming_what_is_missing, without
 from .loading import resident, static_patcher
@@ -59,6 +59,7 @@ __all__ = [
     "room",
     "run_on_host",
     "sample_latents",
+    "saved",
     "schedulers",
     "show_text",
     "side_multiple",

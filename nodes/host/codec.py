@@ -48,6 +48,16 @@ class Codec:
         return result
 
 
+class Pixels(torch.nn.Module):
+    """The network of a `Codec` for models that work on pixels, without a VAE: what is decoded is what there is."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z
+
+    def encode(self, image: Tensor) -> Tensor:
+        return image
+
+
 def check_vae(vae: Any, latent_format: Any = None) -> None:
     """Refuse a VAE that is missing, is not a picture VAE in [-1, 1], or has other channels than the model."""
     if getattr(vae, "first_stage_model", None) is None:

@@ -117,14 +117,23 @@ class Course:
 
     def _save(self, codec: Any) -> str:
         try:
-            with torch.no_grad(), without("the picture of a run that failed"):
-                from comfy_api.latest import io, ui
-
+            with torch.no_grad():
                 image = self.denoised if codec is None else codec.decode(self.denoised)
-                picture = ((image.float().cpu() + 1) / 2).clamp(0, 1).movedim(1, -1)
-                saved = ui.ImageSaveHelper.save_images(picture, "posterior_unfinished", io.FolderType.output, None)
-                names = ", ".join(entry["filename"] for entry in saved)
-                return f"The last good estimate, of step {self.done}, is saved in ComfyUI's output folder as {names}"
-        except (RuntimeError, MemoryError, OSError) as second:  # NaN here too, no memory, no room on the disk
+        except (RuntimeError, MemoryError) as second:  # NaN here too, no memory
             return f"The last good estimate could not be saved ({second})"
-        return "The last good estimate could not be saved"
+        picture = ((image.float().cpu() + 1) / 2).movedim(1, -1)
+        return f"The last good estimate, of step {self.done}, {saved(picture)}"
+
+
+def saved(pictures: Tensor) -> str:
+    """Save IMAGEs of a run that did not end into ComfyUI's output folder, and say so: "is saved ...", or that it is not."""
+    try:
+        with without("saving what a run had done"):
+            from comfy_api.latest import io, ui
+
+            files = ui.ImageSaveHelper.save_images(pictures.clamp(0, 1), "posterior_unfinished", io.FolderType.output, None)
+            names = [entry["filename"] for entry in files]
+            return f"is saved in ComfyUI's output folder as {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "")
+    except (RuntimeError, MemoryError, OSError) as error:  # no room on the disk
+        return f"could not be saved ({error})"
+    return "could not be saved"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...samplers import State, measured
 from . import guard
-from .codec import Codec, check_sizes, check_vae, works_on_pixels
+from .codec import Codec, Pixels, check_sizes, check_vae, works_on_pixels
 from .demo_models import size_note
 from .faults import (
     Course,
@@ -45,6 +45,7 @@ def stock_sampler(
     lighter: dict[str, Any] | None = None,
     notes: list[str] | None = None,
     plan: Plan | None = None,
+    title: str = "",
     **options: Any,
 ) -> Any:
     """A ComfyUI SAMPLER that runs `solve`, a sampler of samplers/, on any guider, scheduler and noise.
@@ -61,12 +62,13 @@ def stock_sampler(
         lighter: options of `solve` that replace those given when memory does not suffice for them in any mode; only with a VAE.
         notes: gets the lines that the run leaves on its node, about memory for example, for a node that shows a text of its own.
         plan: one for the runs of a node that are alike, so that memory is estimated and tried out once; each its own otherwise.
+        title: stands before each step on the node.
         options: further keywords of `solve`.
     """
     from comfy.samplers import KSAMPLER
 
     given = {"memory": memory, "check_gradients": check_gradients, "unique_id": unique_id}
-    given |= {"network_gradient": network_gradient, "lighter": lighter, "notes": notes, "plan": plan}
+    given |= {"network_gradient": network_gradient, "lighter": lighter, "notes": notes, "plan": plan, "title": title}
     return KSAMPLER(run_on_host, {"solve": solve, "measurement": measurement, "vae": vae, "options": options, **given})
 
 
@@ -91,6 +93,7 @@ def run_on_host(
     lighter: dict[str, Any] | None = None,
     notes: list[str] | None = None,
     plan: Plan | None = None,
+    title: str = "",
 ) -> Tensor:
     """What KSAMPLER calls: prepare the host, run `solve` in the k-state, give the state back as the host wants it."""
     throw_if_interrupted()  # before anything is estimated or loaded
@@ -104,7 +107,7 @@ def run_on_host(
     check_sizes(x, measurement, vae)
     if works_on_pixels(vae) and (network_gradient or measurement.operator.exact):  # PSLD needs no closed form
         vae = None
-    readout = Readout(unique_id, residual_scale(measurement), measurement.sigma / 2, [] if notes is None else notes)
+    readout = Readout(unique_id, residual_scale(measurement), measurement.sigma / 2, [] if notes is None else notes, title)
     if line := size_note(guider.model_patcher, tuple(measurement.operator.in_shape[1:])):
         log.warning(line)
         readout.note(line)
@@ -134,6 +137,9 @@ def run_on_host(
         codec = None
         if loaded.vae is not None:
             codec = Codec(loaded.vae, guider.inner_model.latent_format, vae.device, vae.vae_dtype)
+        elif not (network_gradient or measurement.operator.exact):
+            # Steps by gradients, as with the VAE pixel_space: an operator without a closed form is slow to invert, or cannot be.
+            codec = Codec(Pixels(), guider.inner_model.latent_format, x.device, x.dtype)
         mask, of_the_step = extra_args.get("denoise_mask"), model_options.get("denoise_mask_function")
         if mask is not None and of_the_step is not None and len(sigmas) > 1:
             # The mask that Differential Diffusion has at each step is the model's. What it frees in the last one, guidance may move,

@@ -79,6 +79,7 @@ class Readout:
         scale: residual norms (B,), [-1, 1] units, times this is the root mean square over measured values on the 0 to 1 scale.
         noise: of the photo, on the 0 to 1 scale.
         notes: lines that stay, for example about memory.
+        title: stands before each step.
         curve: (step from 1, sigma, worst residual of the batch), so far.
     """
 
@@ -86,6 +87,7 @@ class Readout:
     scale: Tensor
     noise: float
     notes: list[str] = field(default_factory=list)
+    title: str = ""
     curve: list[tuple[int, float, float]] = field(default_factory=list)
 
     def note(self, line: str) -> None:
@@ -106,7 +108,7 @@ class Readout:
             sigma: the noise level of the step.
             residual: ||A D(z0) - y||, (B,), in [-1, 1] units, or None from a sampler that does not know.
         """
-        line = f"step {i + 1} of {steps}, sigma {sigma:.3g}"
+        line = f"{self.title}step {i + 1} of {steps}, sigma {sigma:.3g}"
         if residual is not None:
             worst = float((residual.detach().cpu() * self.scale).max())
             self.curve.append((i + 1, sigma, worst))

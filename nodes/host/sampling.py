@@ -73,6 +73,7 @@ def sample_latents(
     sigmas: Tensor,
     latent: Tensor,
     seed: int,
+    part: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Sample as SamplerCustom does.
 
@@ -82,6 +83,7 @@ def sample_latents(
         sigmas: the host's noise levels.
         latent: (B, c, h, w), unscaled; zeros start from noise alone.
         seed: of the noise, drawn on the CPU.
+        part: which run of how many that one progress bar is for, from 0.
 
     Returns:
         (B, c, h, w), unscaled.
@@ -94,7 +96,13 @@ def sample_latents(
     with without("previews of Restore"):
         import latent_preview
 
-        preview = latent_preview.prepare_callback(model, len(sigmas) - 1)
+        number, count = part
+        steps = len(sigmas) - 1
+        of_one = latent_preview.prepare_callback(model, count * steps)
+
+        def preview(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+            of_one(number * steps + step, x0, x, count * steps)
+
     with without("the switch for progress bars"):
         import comfy.utils
 
