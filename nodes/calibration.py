@@ -41,6 +41,7 @@ class EstimateNoise(io.ComfyNode):
             description="How much noise the photo carries, from its flattest parts, with an interval. Says so when it cannot tell. "
             "Measurement from Photo reads it by itself when its noise is set to estimated.",
             search_aliases=["noise level", "sigma", "grain", "denoise"],
+            is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[io.Image.Input("photo", tooltip="The photo as it is: not resized, not sharpened.")],
             outputs=[
@@ -68,6 +69,7 @@ class EstimateStripes(io.ComfyNode):
             category=f"{CATEGORY}/calibration",
             description="Finds dead rows and columns of a photo; connect lost to Missing Pixels. Says so when there are none.",
             search_aliases=["destripe", "dead lines", "scan lines", "stripes"],
+            is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[io.Image.Input("photo", tooltip="The striped photo as it is, one picture.")],
             outputs=[io.Mask.Output("lost", tooltip="1 on the dead lines.")],
@@ -93,6 +95,7 @@ class EstimateBlur(io.ComfyNode):
             "be sharp: the width of a Gaussian blur, within a few percent. From the whole photo: the same, within a factor of 1.5. Says "
             "so when it cannot tell.",
             search_aliases=["deblur", "point spread function", "slanted edge", "estimate blur", "motion blur", "star"],
+            is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Image.Input(

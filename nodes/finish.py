@@ -7,7 +7,7 @@ from torch import Tensor
 from ..operators import ConvergenceError, Mask, Measurement
 from ..samplers import enforce_consistency, feather_holes
 from . import host
-from .measurement import ROUNDED, check_result, single
+from .measurement import ROUNDED, check_result, each_photo, single
 from .pictures import shown
 from .readouts import compared
 from .types import BRIGHTEST, CATEGORY, MeasurementType, to_image, to_signal
@@ -65,8 +65,9 @@ class Finish(io.ComfyNode):
     @classmethod
     def execute(cls, image: Tensor, measurement: Measurement, error: float, feather: float = FEATHER) -> io.NodeOutput:
         x = check_result("image", image, measurement)
-        finished, rms, text = finish(x, measurement, error, feather)
-        return io.NodeOutput(finished, rms, ui=shown(cls, finished, text=text))
+        images, residuals, texts = zip(*(finish(*own, error, feather) for own in each_photo(x, measurement)), strict=True)
+        finished = torch.cat(images)
+        return io.NodeOutput(finished, max(residuals), ui=shown(cls, finished, text="\n".join(texts)))
 
 
 def finish(x: Tensor, measurement: Measurement, error: float = 0.0, feather: float = FEATHER) -> tuple[Tensor, float, str]:

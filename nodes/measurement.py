@@ -17,6 +17,7 @@ OUTPUTS = [
 ]
 BLOCK = 8  # pixels; the estimator of noise looks at blocks of this size
 NOISELESS = 1e-4  # on the 0 to 1 scale; a tenth of what 8 bits round away
+ROUNDING = 1 / 255 / 12**0.5  # standard deviation of the rounding of 8 bits, on the same scale
 ROUNDED = 0.002  # sigma that stands for the rounding of 8 bits, on the same scale; the inverse of a blur amplifies it
 STREAM = 0x9E3779B9  # of the random numbers of simulated noise
 VAGUE = 0.005  # an interval that begins below half its end says nothing, unless it ends below this: a clean photo
@@ -184,14 +185,19 @@ class MeasurementFromPhoto(io.ComfyNode):
                 "picture near that size; check the operator's numbers"
             )
         check_batch(a, "photo", y)
-        seen = measured(a, y)
+        seen, blurs = measured(a, y), any(isinstance(part, Blur) for part in factors(a))
         if noise["noise"] == "estimated":
             sigma, text = estimated(y, seen)
-            if sigma < ROUNDED and any(isinstance(part, Blur) for part in factors(a)) and of_8_bits(photo):
+            if sigma < ROUNDED and blurs and of_8_bits(photo):
                 sigma, text = ROUNDED, f"{text}\n{ROUNDED} is taken, for the rounding of 8 bits behind a blur"
         else:
             sigma = noise["sigma"]
             text = f"noise {sigma:.4g}"
+            if 0 < sigma < ROUNDING and blurs and of_8_bits(photo):
+                raise ValueError(
+                    f"sigma: got {sigma:.4g}, but the rounding of this photo's 8 bits alone is {ROUNDING:.4f}, and the inverse of a blur amplifies "
+                    f"it. Set {ROUNDED} or more"
+                )
         # Whatever the photo shows where pixels are lost is no measurement.
         return output(cls, Measurement(seen * y, a, 2 * sigma), text)
 
@@ -316,9 +322,18 @@ def check_result(name: str, image: Tensor, measurement: Measurement) -> Tensor:
             f"{name}: is {x.shape[3]} x {x.shape[2]} but the measurement's picture is {expected[2]} x {expected[1]}; connect the "
             "decoded result of this measurement, not resized"
         )
-    if len(measurement.y) not in (1, len(x)):
-        raise ValueError(f"{name}: got a batch of {len(x)} for a measurement of {len(measurement.y)}; they must be equal")
+    if len(x) % len(measurement.y):
+        raise ValueError(
+            f"{name}: got a batch of {len(x)} for a measurement of {len(measurement.y)}; there must be as many results of each photo"
+        )
     return x
+
+
+def each_photo(x: Tensor, measurement: Measurement) -> list[tuple[Tensor, Measurement]]:
+    """Results and their measurement, in one piece where there is one result of each photo; else photo by photo, as Restore gives them."""
+    if len(measurement.y) in (1, len(x)):
+        return [(x, measurement)]
+    return [(results, measurement.select(i)) for i, results in enumerate(x.unflatten(0, (len(measurement.y), -1)))]
 
 
 def degraded(measurement: Measurement) -> Tensor:

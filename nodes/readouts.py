@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..operators import ConvergenceError, Measurement
 from ..samplers import measured
 from . import host
-from .measurement import ROUNDED, check_result, photo_image, single
+from .measurement import ROUNDED, check_result, each_photo, photo_image, single
 from .pictures import VISIBLE, below, beside, heat, shown
 from .types import CATEGORY, MeasurementType, to_signal
 
@@ -68,27 +69,34 @@ class Consistency(io.ComfyNode):
     def execute(cls, image: Tensor, measurement: Measurement, gain: float) -> io.NodeOutput:
         x = check_result("image", image, measurement)
         measurement = host.stoppable(measurement, torch.float64)
-        photos = single(measurement)
-        tall = max(photo.y.shape[2] for photo in photos)
-        rows, found = [], []
-        for photo in photos:
-            again = photo.operator.A(x)
-            y = photo.y.expand_as(again)
-            panels = [photo_image(v) for v in (y, again, (gain * (again - y)).clamp(-1, 1))]
-            rows.append(beside(*panels, height=tall * max(1, VISIBLE // tall)))
-            found.append(compared(again, photo))
-        lines = []
-        for i in range(len(x)):
-            own = measurement.select(i if len(measurement.y) > 1 else 0)
-            best = None if all(part[i].agrees for part in found) else best_residuals(own)
-            for k in range(len(photos)):
-                names = [f"picture {i + 1}"] * (len(x) > 1) + [f"photo {k + 1}"] * (len(photos) > 1)
-                lines.append(": ".join([*names, verdict(found[k][i], best, k)]))
-        relative, sigmas = zip(*(overall([part[i] for part in found]) for i in range(len(x))), strict=True)
-        agrees = all(one.agrees for part in found for one in part)
-        picture = below(*rows)
+        pictures, lines, readings = [], [], []
+        for results, own in each_photo(x, measurement):
+            rows, found = degraded_again(results, single(own), gain)
+            pictures.append(below(*rows))
+            for i, parts in enumerate(zip(*found, strict=True)):
+                best = None if all(part.agrees for part in parts) else best_residuals(own.select(i if len(own.y) > 1 else 0))
+                readings.append(parts)
+                for k, part in enumerate(parts):
+                    names = [f"picture {len(readings)}"] * (len(x) > 1) + [f"photo {k + 1}"] * (len(parts) > 1)
+                    lines.append(": ".join([*names, verdict(part, best, k)]))
+        relative, sigmas = zip(*map(overall, readings), strict=True)
+        agrees = all(part.agrees for parts in readings for part in parts)
+        picture = torch.cat(pictures)
         ui = shown(cls, picture, text="\n".join(lines), names=("photo", "result, degraded", f"difference x {gain:g}"))
         return io.NodeOutput(picture, max(relative), max(sigmas), agrees, ui=ui)
+
+
+def degraded_again(x: Tensor, photos: list[Measurement], gain: float) -> tuple[list[Tensor], list[list["Agreement"]]]:
+    """For each of combined photos: photo, degraded result and their difference side by side, and how far apart they are, image by image."""
+    tall = max(photo.y.shape[2] for photo in photos)
+    rows, found = [], []
+    for photo in photos:
+        again = photo.operator.A(x)
+        y = photo.y.expand_as(again)
+        panels = [photo_image(v) for v in (y, again, (gain * (again - y)).clamp(-1, 1))]
+        rows.append(beside(*panels, height=tall * max(1, VISIBLE // tall)))
+        found.append(compared(again, photo))
+    return rows, found
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,7 @@ def compared(again: Tensor, photo: Measurement) -> list[Agreement]:
     return [Agreement(r, s, int(n), photo.sigma / 2) for r, s, n in rows]
 
 
-def overall(parts: list[Agreement]) -> tuple[float, float]:
+def overall(parts: Sequence[Agreement]) -> tuple[float, float]:
     """`relative` and `sigmas` of one picture against several photos, each weighed by its noise."""
     residual, size = (math.hypot(*(getattr(part, name) for part in parts)) for name in ("residual", "size"))
     weighed = sum(part.count * part.sigmas**2 for part in parts)
@@ -227,7 +235,10 @@ class Compare(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Image.Input("image", tooltip="The result."),
-                io.Image.Input("truth", tooltip="The picture as it was before it was degraded; one, or one for each result."),
+                io.Image.Input(
+                    "truth",
+                    tooltip="The picture as it was before it was degraded: one, one for each result, or one for each photo's results in a row.",
+                ),
                 io.Float.Input(
                     "brightest",
                     default=0.2,
@@ -252,14 +263,16 @@ class Compare(io.ComfyNode):
             raise ValueError(
                 f"image: is {a.shape[3]} x {a.shape[2]}, but truth is {b.shape[3]} x {b.shape[2]}; connect pictures of one size"
             )
-        if len(b) not in (1, len(a)):
-            raise ValueError(f"image: got a batch of {len(a)} for {len(b)} pictures at truth; they must be equal, or truth one")
+        if len(a) % len(b):
+            raise ValueError(
+                f"image: got a batch of {len(a)} for {len(b)} pictures at truth; there must be as many results of each"
+            )
         if min(a.shape[2:]) < WINDOW:
             raise ValueError(
                 f"image: is {a.shape[3]} x {a.shape[2]}; SSIM looks at windows of {WINDOW} x {WINDOW} pixels; connect larger pictures"
             )
         # As they are shown and saved: from black to white, nothing beyond.
-        a, b = (((v + 1) / 2).clamp(0, 1) for v in (a, b.expand_as(a)))
+        a, b = (((v + 1) / 2).clamp(0, 1) for v in (a, b.repeat_interleave(len(a) // len(b), 0)))
         error = (a - b).square().mean(1)
         values = {"PSNR": -10 * error.mean((1, 2)).log10(), "SSIM": ssim(a, b)}
         if (perceived := lpips_distance(a, b)) is not None:

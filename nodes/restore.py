@@ -207,7 +207,7 @@ def keeping(node: type[io.ComfyNode], images: list[Tensor], count: int) -> Itera
     """Inside, where a run of several pictures is cancelled or fails, those that are done are saved."""
     try:
         yield
-    except Exception:  # the host's for a cancelled run among them
+    except BaseException:  # the host's for a cancelled run is no Exception
         if images:
             line = f"ended early: what was done, {len(images)} of {count} pictures, {host.saved(torch.cat(images))}"
             log.warning(line)

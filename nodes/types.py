@@ -66,8 +66,8 @@ class OperatorRecipe:
 def to_signal(name: str, image: Tensor) -> Tensor:
     """IMAGE (B, H, W, C) in [0, 1] -> (B, 3, H, W) in [-1, 1].
 
-    In float64, where 2 x - 1 loses nothing: a kept pixel comes back bit-exact. On the CPU, as measurements are; with --gpu-only
-    pictures come from elsewhere.
+    In float64, where 2 x - 1 loses nothing of values above 1e-8: a kept pixel comes back bit-exact. On the CPU, as measurements are; with
+    --gpu-only pictures come from elsewhere. An alpha channel is dropped where it says nothing, being 1 throughout.
     """
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or image.numel() == 0:
         raise ValueError(
@@ -80,12 +80,12 @@ def to_signal(name: str, image: Tensor) -> Tensor:
         raise ValueError(
             f"{name}: has values of up to {largest:.3g}, but pictures are 0 to 1 in ComfyUI; divide it by its white first, 255 for bytes"
         )
-    if image.shape[-1] == 4:
+    if image.shape[-1] == 4 and bool((image[..., 3] != 1).any()):
         raise ValueError(
-            f"{name}: has an alpha channel. Load it with Load Image, which gives picture and mask apart, or drop alpha with "
+            f"{name}: is transparent in places. Load it with Load Image, which gives picture and mask apart, or drop alpha with "
             "Split Image with Alpha"
         )
-    image = image.expand(*image.shape[:-1], 3) if image.shape[-1] == 1 else image
+    image = image.expand(*image.shape[:-1], 3) if image.shape[-1] == 1 else image[..., :3]
     return image.cpu().movedim(-1, 1).double() * 2 - 1
 
 

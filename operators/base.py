@@ -264,7 +264,7 @@ class LinearOperator:
         self._check(name, v, shape)
         kind = v.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
+            with torch.amp.autocast(kind, enabled=False):
                 return self._apply(name, v, shape, run)
         return run(v if v.dtype in COMPUTED else v.float()).to(v.dtype)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 KNOWS = "posterior_knows"  # attachment of a MODEL: side in pixels of the pictures that it was trained on
 TOLERATED = 1.25  # between that side and a run's: small margins and crops need no warning
+LARGE = 2048**2  # pixels, of other models; those of SD 1.x to SD3 were trained on 512 x 512 to 1024 x 1024
 
 
 def slim_sd15(unet_state: dict[str, Tensor], side: int) -> Any:
@@ -40,8 +41,13 @@ def slim_sd15(unet_state: dict[str, Tensor], side: int) -> Any:
 
 
 def size_note(patcher: Any, size: tuple[int, int]) -> str:
-    """What to say of a run's (height, width) that a demo prior does not know; "" for all others and for other models."""
+    """What to say of a run's (height, width) that a demo prior does not know, or hardly any other model; "" for all others."""
     side = patcher.attachments.get(KNOWS)
+    if side is None and size[0] * size[1] > LARGE:
+        return (
+            f"this run works on {size[1]} x {size[0]} pixels at once, far more than a model of pictures of 512 x 512 to 1024 x 1024 knows: it "
+            "takes long and much memory, and subjects may repeat. Take a smaller photo, a part of it, or a lower factor"
+        )
     if side is None or max(*size, side) <= TOLERATED * min(*size, side):
         return ""
     return (

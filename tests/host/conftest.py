@@ -121,14 +121,14 @@ def h(hosts: Callable[..., Host]) -> Iterator[Host]:
 
 
 @pytest.fixture
-def restore(h: Host, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Tensor]:
+def restore(h: Host, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
     """Runs the Restore node on it, in two calls of the network."""
     node = h.pack.nodes.restore
     monkeypatch.setitem(node.CALLS["C-PiGDM"], "fast", 2)
 
-    def run() -> Tensor:
+    def run(**options: Any) -> Tensor:
         with torch.inference_mode():
             given = (h.model, h.vae, conditioning("sd15", 1), h.measurement(), "C-PiGDM", "fast", 0, 1.0)
-            return node.Restore.execute(*given, memory="fastest").args[0]
+            return node.Restore.execute(*given, memory="fastest", **options).args[0]
 
     return run

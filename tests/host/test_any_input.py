@@ -86,7 +86,7 @@ def test_no_node_is_left_out(pack: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("message", "right"),
     [
-        ("image: has an alpha channel. Load it with Load Image", True),
+        ("image: is transparent in places. Load it with Load Image", True),
         ("first, second: got sizes 3 and 4, expected the same", True),
         ("image: is 64 x 10; SSIM looks at windows of 11 x 11 pixels", False),
         ("photo: has no edges to measure", False),

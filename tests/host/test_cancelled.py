@@ -6,10 +6,12 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support.fault_runs import Cancelled, middle, run
-from support.host_runs import Host
+from PIL import Image
+from support.fault_runs import Cancelled, middle, run, unfinished
+from support.host_runs import Host, Scarce
 from torch import Tensor
 
 
@@ -152,3 +154,21 @@ def test_restore_is_cancelled_in_its_last_application_of_the_operator(h: Host, r
             restore()
     assert len(asked) == limit
     assert torch.equal(restore(), expected)
+
+
+def test_what_restore_had_done_is_kept(h: Host, restore: Callable[..., Tensor], caplog: pytest.LogCaptureFixture) -> None:
+    """Two of three pictures, to the last layer before the third is decoded."""
+    import comfy.model_management as mm
+
+    layer, before = middle(h, "decode"), unfinished()
+    with Scarce(layer, set()) as passed:
+        expected = restore(samples=3)
+    assert unfinished() == before
+    with Cancelled(h, layer, passed.calls), pytest.raises(mm.InterruptProcessingException):
+        restore(samples=3)
+    kept = sorted(unfinished() - before)
+    for file, picture in zip(kept, expected[:2], strict=True):
+        difference = np.asarray(Image.open(file)) - 255 * picture.clamp(0, 1).numpy()
+        assert abs(difference).max() <= 1
+    said = f"what was done, 2 of 3 pictures, is saved in ComfyUI's output folder as {kept[0].name} to {kept[1].name}"
+    assert said in caplog.text

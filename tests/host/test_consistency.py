@@ -155,8 +155,9 @@ def test_no_sigma_below_the_rounding_of_8_bits_is_proposed(nodes: ModuleType, pa
     made = pack.operators.Blur(kernel, (3, 40, 40), "reflect").A(nodes.types.to_signal("image", picture(40, 40)))
     rounded = (nodes.types.to_image(made) * 255).round() / 255
     recipe = nodes.types.OperatorRecipe("blur", blur(pack, 2.0))
-    given = {"noise": "entered", "sigma": 5e-4}
-    measurement = nodes.measurement.MeasurementFromPhoto.execute(rounded, recipe, given).args[0]
+    given = {"noise": "entered", "sigma": 0.0}
+    exact = nodes.measurement.MeasurementFromPhoto.execute(rounded, recipe, given).args[0]
+    measurement = pack.operators.Measurement(exact.y, exact.operator, 2 * 5e-4)  # as a file of another program may have it
     *_, agrees, text = consistency(nodes, picture(40, 40), measurement)
     assert not agrees
     assert re.search(r"No likely picture brings it below 0\.00[01]\d*: .* set sigma to 0\.002, or", text), text
@@ -302,3 +303,34 @@ def test_pictures_that_do_not_fit_are_refused(nodes: ModuleType, pack: ModuleTyp
         consistency(nodes, picture(32, 32), measurement)
     with pytest.raises(ValueError, match=r"^image: got a batch of 3 for a measurement of 2"):
         consistency(nodes, picture(batch=3), measurement)
+
+
+@pytest.mark.parametrize("combined", [False, True])
+def test_several_results_of_each_photo(nodes: ModuleType, pack: ModuleType, combined: bool) -> None:
+    """As Restore gives them: those of the first photo, then those of the next, each with its own mask."""
+    ops, truth = pack.operators, picture(batch=2)
+    keep = (torch.rand(2, 1, 48, 64, generator=torch.Generator().manual_seed(0)) < 0.5).double()
+    measurement = measure(nodes, truth, lambda _: ops.Mask(keep), 0.02)
+    if combined:
+        second = measure(nodes, truth, lambda shape: ops.AreaDownscale(shape, 4), 0.02)
+        with torch.inference_mode():
+            measurement = nodes.measurement.CombineMeasurements.execute(measurement, second).args[0]
+    results = (truth.repeat_interleave(3, 0) + 0.1 * noise_like(6, 48, 64, 3)).float()
+    shown, relative, sigmas, agrees, text = consistency(nodes, results, measurement)
+    alone = [consistency(nodes, results[i : i + 1], measurement.select(i // 3)) for i in range(6)]
+    assert torch.equal(shown, torch.cat([one[0] for one in alone]))
+    assert (relative, sigmas) == tuple(max(one[k] for one in alone) for k in (1, 2))
+    assert not agrees
+    lines = [f"picture {i + 1}: {line}" for i, one in enumerate(alone) for line in one[4].split("\n")]
+    assert text == "\n".join(lines)
+
+    with torch.inference_mode():
+        out = nodes.finish.Finish.execute(results, measurement, 0.0)
+        each = [nodes.finish.Finish.execute(results[i : i + 1], measurement.select(i // 3), 0.0) for i in range(6)]
+    torch.testing.assert_close(out.args[0], torch.cat([one.args[0] for one in each]), rtol=0, atol=1e-6)
+    assert out.args[1] == pytest.approx(max(one.args[1] for one in each), rel=1e-6)
+    with torch.inference_mode():
+        compared = nodes.readouts.Compare.execute(results, truth, 0.2).args
+        again = nodes.readouts.Compare.execute(results, truth.repeat_interleave(3, 0), 0.2).args
+    assert torch.equal(compared[0], again[0])
+    assert compared[1:] == again[1:]

@@ -198,13 +198,15 @@ def test_masks_for_another_number_of_pictures_are_refused(nodes: ModuleType, pac
         simulate(nodes, photo[:1], three_masks, gaussian(0.0))
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_a_picture_of_the_blur_may_be_grey_but_not_transparent(nodes: ModuleType, channels: int) -> None:
+@pytest.mark.parametrize(("channels", "alpha"), [(1, 1.0), (3, 1.0), (4, 1.0), (4, 0.99)])
+def test_a_picture_of_the_blur_may_be_grey_but_not_transparent(nodes: ModuleType, channels: int, alpha: float) -> None:
     point = torch.zeros(1, 9, 9, channels)
     point[:, 4, 4] = 1.0
     if channels == 4:
         point[..., 3] = 1.0
-        with pytest.raises(ValueError, match="image: has an alpha channel"):
+        point[0, 0, 0, 3] = alpha
+    if alpha < 1:
+        with pytest.raises(ValueError, match="image: is transparent in places"):
             nodes.operators.blur.BlurOperator.execute({"kernel": "image", "image": point}, "reflect")
     else:
         recipe = nodes.operators.blur.BlurOperator.execute({"kernel": "image", "image": point}, "reflect").args[0]
@@ -223,6 +225,30 @@ def test_combined_measurements_come_apart_again(nodes: ModuleType, pack: ModuleT
         assert torch.allclose(got.y, part.y, rtol=0, atol=1e-14)
         assert torch.allclose(got.operator.A(x), part.operator.A(x), rtol=0, atol=1e-14)
         assert got.sigma == pytest.approx(part.sigma, rel=1e-14)
+
+
+@pytest.mark.parametrize("sigma", [0.0005, 0.0012])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("operator", ["Blur", "Mask"])
+def test_less_noise_than_8_bits_round_away_is_refused_behind_a_blur(
+    nodes: ModuleType, pack: ModuleType, sigma: float, bits: int, operator: str
+) -> None:
+    ops = pack.operators
+    bind = {
+        "Blur": lambda shape: ops.BicubicDownscale(shape, 2) @ ops.Blur(ops.gaussian_kernel(2.0), shape, "reflect"),
+        "Mask": lambda shape: ops.Mask(ops.box_mask(shape, (4, 4), (2, 2))),
+    }[operator]
+    levels = 2**bits - 1
+    photo = (textured(32) * levels).round() / levels
+    taken = nodes.types.OperatorRecipe("test", bind, lambda shape: (3, 64, 64) if operator == "Blur" else shape)
+    given = {"noise": "entered", "sigma": sigma}
+    with torch.inference_mode():
+        if operator == "Blur" and bits == 8 and sigma < 1 / 255 / 12**0.5:
+            with pytest.raises(ValueError, match=r"^sigma: got 0.0005, but the rounding of .* is 0.0011.*Set 0.002 or more"):
+                nodes.measurement.MeasurementFromPhoto.execute(photo, taken, given)
+        else:
+            out = nodes.measurement.MeasurementFromPhoto.execute(photo, taken, given)
+            assert out.args[0].sigma == 2 * sigma
 
 
 def test_finish_reads_combined_photos_each_in_its_own_units(nodes: ModuleType, pack: ModuleType) -> None:

@@ -124,12 +124,31 @@ def test_a_blur_without_a_closed_form(pixels: OnPixels) -> None:
     assert not measurement.operator.exact
     make = partial(pixels.nodes.samplers.SamplerCPiGDM.execute, measurement, "decoder", 2, 100, vae=pixels.vae)
     latent = pixels.sample(make(WEIGHTS[0]).args[0])
+    assert torch.equal(pixels.sample(make(WEIGHTS[0], vae=None).args[0]), latent)
     entries = measurement.y.numel()
     assert float(measurement.residual_norm(latent.double())) < 1.1 * measurement.sigma * entries**0.5
     assert pixels.restore(measurement)[0].shape == truth.shape
     weight = {"weight": "paper", "w": 2.0, "jacobian": "vp", "eta": 0.0}
-    with pytest.raises(ValueError, match=r"^jacobian: works only for models on pixels and operators with a closed form"):
-        make(weight)
+    for vae in (pixels.vae, None):
+        with pytest.raises(ValueError, match=r"^jacobian: works only for models on pixels and operators with a closed form"):
+            make(weight, vae=vae)
+
+
+@torch.inference_mode()
+def test_bayes_wants_the_jacobian_for_a_noisy_photo(pixels: OnPixels) -> None:
+    """Without, it is far from the truth, measured 13 dB at noise .02; the photo itself has 30."""
+    operators, truth = pixels.pack.operators, pixels.pictures(1)
+    bind = lambda shape: operators.Blur(operators.gaussian_kernel(1.0), shape, "reflect")  # noqa: E731
+    noisy, clean = (pixels.measure(truth, bind, sigma) for sigma in (0.02, 0.0))
+    make = partial(pixels.nodes.samplers.SamplerCPiGDM.execute, consistency="decoder", inner_steps=2, last_steps=10)
+    weight = {"weight": "bayes", "tau": 0.3, "jacobian": "off", "eta": 0.0}
+    for vae in (pixels.vae, None):
+        with pytest.raises(ValueError, match=r"^jacobian: without it, weight bayes amplifies the noise"):
+            make(noisy, weight=weight, vae=vae)
+        make(clean, weight=weight, vae=vae)
+    image = pixels.sample(make(noisy, weight={**weight, "jacobian": "k"}, vae=pixels.vae).args[0], 10)
+    error = ((image.movedim(1, -1) + 1) / 2 - truth).square().mean()
+    assert -10 * float(error.log10()) > 29  # measured: 30.6
 
 
 @torch.inference_mode()
@@ -176,6 +195,8 @@ def test_how_far_a_size_may_be_off(pixels: OnPixels, size: tuple[int, int], said
     assert bool(size_note(latents.clone(), size)) == said
     latents.attachments.clear()  # as of any other model
     assert size_note(latents, size) == ""
+    assert size_note(latents, (2048, 2048)) == ""
+    assert size_note(latents, (3072, 2048)).startswith("this run works on 2048 x 3072 pixels at once")
 
 
 @torch.inference_mode()

@@ -3,20 +3,13 @@
 import dataclasses
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.fault_runs import METHODS, Spoilt, run, unharmed
+from support.fault_runs import METHODS, Spoilt, run, unfinished, unharmed
 from support.host_runs import Host, layer_of
 from torch import Tensor
-
-
-def unfinished() -> set[Path]:
-    import folder_paths
-
-    return set(Path(folder_paths.get_output_directory()).glob("posterior_unfinished*.png"))
 
 
 def eight_bits(h: Host, denoised: Tensor) -> np.ndarray:
@@ -62,7 +55,7 @@ def test_nan_from_the_model_names_step_and_sigma_and_saves_the_last_good_estimat
     assert said, failed.value
     assert abs(float(said[1]) - sigma) < 0.01 * sigma
     pictures = sorted(unfinished() - before)
-    assert said[2].split(", ") == [path.name for path in pictures]
+    assert said[2].split(" to ") == [path.name for path in pictures]
     first, last = (eight_bits(host, denoised) for denoised in steps)
     assert len(pictures) == len(last) == batch
     assert np.abs(first - last).max() > 3  # another step's picture is another

@@ -138,7 +138,8 @@ def burst(size: int, sigma: float) -> tuple[torch.Tensor, list[Measurement], Mea
     truth, operator = photo(size), Identity((3, size, size))
     g = torch.Generator().manual_seed(0)
     parts = [
-        Measurement(truth + sigma * torch.randn(truth.shape, generator=g, dtype=torch.float64), operator, sigma) for _ in range(2)
+        Measurement(truth + sigma * torch.randn(truth.shape, generator=g, dtype=torch.float64), operator, sigma)
+        for _ in range(2)
     ]
     stack = Stack([part.operator for part in parts])
     return truth, parts, Measurement(stack.join([part.y for part in parts]), stack, sigma)

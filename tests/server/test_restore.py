@@ -43,6 +43,18 @@ def test_uncertainty_is_nought_outside_the_hole(server: Server) -> None:
     assert heat[~kept].mean() > 5
 
 
+def test_progress_counts_all_pictures(server: Server) -> None:
+    prompt = restoring(samples=2)
+    steps = []
+
+    def note(message: dict) -> None:
+        if message["type"] == "progress":
+            steps.append((message["data"]["value"], message["data"]["max"]))
+
+    server.run(prompt, note)
+    assert steps == [(i, 10) for i in range(1, 11)]
+
+
 def test_a_prompt_strength_without_a_negative_prompt_is_refused(server: Server) -> None:
     with pytest.raises(PromptFailed, match=r"PosteriorRestore.*negative: not connected, but cfg is 4"):
         server.run(restoring(cfg=4.0))

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,6 +96,13 @@ def middle(h: Host, where: str) -> nn.Module:
         return h.model.model.diffusion_model.output_blocks[0][0].in_layers[2]
     vae = h.vae.first_stage_model
     return {"decode": vae.taesd_decoder, "encode": vae.taesd_encoder}[where][5].conv[2]
+
+
+def unfinished() -> set[Path]:
+    """The pictures that runs have left which did not come to their end."""
+    import folder_paths
+
+    return set(Path(folder_paths.get_output_directory()).glob("posterior_unfinished*.png"))
 
 
 class Spoilt(Scarce):
