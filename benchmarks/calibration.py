@@ -80,7 +80,7 @@ def main() -> None:
         "| task | method | networks in | inside 10-90, % | r | deviation | error of the mean |",
         "|---|---|---|---|---|---|---|",
     ]
-    if given.add:
+    if given.add and RESULT.exists():
         there = RESULT.read_text().splitlines()
         if there[: len(lines)] != lines:
             parser.error(f"--add: {RESULT.name} is of other weights, pictures or samples")
@@ -102,9 +102,9 @@ def main() -> None:
                 print(task, name, i, {key: round(value, 3) for key, value in found[-1].items()}, flush=True)
             cells = [mean_and_error([f[key] for f in found]) for key in found[0]]
             text = [f"{cells[0][0]:.0f} +- {cells[0][1]:.0f}", f"{cells[1][0]:.2f} +- {cells[1][1]:.2f}"]
-            lines.append(
-                f"| {task} | {name} | {given.precision} | " + " | ".join([*text, *(f"{c[0]:.3f}" for c in cells[2:])]) + " |"
-            )
+            begin = f"| {task} | {name} | {given.precision} | "
+            lines = [line for line in lines if not line.startswith(begin)]
+            lines.append(begin + " | ".join([*text, *(f"{c[0]:.3f}" for c in cells[2:])]) + " |")
             RESULT.write_text("\n".join(lines) + "\n")
 
 

@@ -102,8 +102,8 @@ def table(methods: list[str], cell: Callable[[str, str], str]) -> list[str]:
     ]
 
 
-def replaced(text: str, mark: str, block: str) -> str:
-    """The text with another block between the marks.
+def replaced(path: Path, text: str, mark: str, block: str) -> str:
+    """The text, that of a file, with another block between the marks.
 
     Raises:
         ValueError: a mark is not there, or more than once.
@@ -111,7 +111,7 @@ def replaced(text: str, mark: str, block: str) -> str:
     start, end = f"<!-- {mark} -->\n", f"\n<!-- end of {mark} -->"
     for each in (start, end):
         if text.count(each) != 1:
-            raise ValueError(f"{each.strip()} is there {text.count(each)} times, expected once")
+            raise ValueError(f"{path.relative_to(ROOT)}: {each.strip()} is there {text.count(each)} times, expected once")
     return f"{text.partition(start)[0]}{start}\n{block}\n{end}{text.partition(end)[2]}"
 
 
@@ -119,12 +119,12 @@ def main() -> int:
     import demo  # beside this file; needs the set-up that make does
 
     # Before the demo's minutes: there may be no rows, or no marks.
-    texts = {path: replaced(path.read_text(), "quality", block) for path, block in zip(READMES, quality(), strict=True)}
-    replaced(texts[REPORT], "demo", "")
+    texts = {path: replaced(path, path.read_text(), "quality", block) for path, block in zip(READMES, quality(), strict=True)}
+    replaced(REPORT, texts[REPORT], "demo", "")
     if fault := demo.main():
         return fault
     table = (demo.OUTPUT / "report.md").read_text().split("\n\n", 2)[2].strip()
-    texts[REPORT] = replaced(texts[REPORT], "demo", table)
+    texts[REPORT] = replaced(REPORT, texts[REPORT], "demo", table)
     for path, text in texts.items():
         path.write_text(text)
     shutil.copyfile(demo.OUTPUT / "grid.png", ROOT / "docs" / "demo.png")

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..operators import ConvergenceError, Mask, Measurement
 from ..samplers import enforce_consistency, feather_holes
 from . import host
-from .measurement import ROUNDED, check_result, each_photo, single
+from .measurement import ROUNDED, check_result, single
 from .pictures import shown
 from .readouts import compared
 from .types import BRIGHTEST, CATEGORY, MeasurementType, to_image, to_signal
@@ -65,9 +65,8 @@ class Finish(io.ComfyNode):
     @classmethod
     def execute(cls, image: Tensor, measurement: Measurement, error: float, feather: float = FEATHER) -> io.NodeOutput:
         x = check_result("image", image, measurement)
-        images, residuals, texts = zip(*(finish(*own, error, feather) for own in each_photo(x, measurement)), strict=True)
-        finished = torch.cat(images)
-        return io.NodeOutput(finished, max(residuals), ui=shown(cls, finished, text="\n".join(texts)))
+        finished, rms, text = finish(x, measurement, error, feather)
+        return io.NodeOutput(finished, rms, ui=shown(cls, finished, text=text))
 
 
 def finish(x: Tensor, measurement: Measurement, error: float = 0.0, feather: float = FEATHER) -> tuple[Tensor, float, str]:
@@ -108,8 +107,9 @@ def finish(x: Tensor, measurement: Measurement, error: float = 0.0, feather: flo
     found = [[compared(photo.operator.A(v), photo) for v in (x, to_signal("image", finished))] for photo in photos]
     for i in range(len(x)):
         for k, (before, after) in enumerate(found):
-            name = f"photo {k + 1}: " if len(photos) > 1 else ""
+            names = [f"picture {i + 1}"] * (len(x) > 1) + [f"photo {k + 1}"] * (len(photos) > 1)
             noise = f" (noise {after[i].sigma:.3g})" if after[i].sigma else ""
+            name = "".join(f"{name}: " for name in names)
             lines.append(f"{name}|A x - y| {before[i].rms:.1e} -> {after[i].rms:.1e}{noise}")
             worst = max(worst, after[i].rms)
     farthest = max((one.sigmas for _, after in found for one in after if not one.agrees), default=0.0)

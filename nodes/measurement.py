@@ -17,7 +17,7 @@ OUTPUTS = [
 ]
 BLOCK = 8  # pixels; the estimator of noise looks at blocks of this size
 NOISELESS = 1e-4  # on the 0 to 1 scale; a tenth of what 8 bits round away
-ROUNDING = 1 / 255 / 12**0.5  # standard deviation of the rounding of 8 bits, on the same scale
+LEAST = 0.001  # sigma of a blurred photo of 8 bits: a little below the standard deviation of their rounding
 ROUNDED = 0.002  # sigma that stands for the rounding of 8 bits, on the same scale; the inverse of a blur amplifies it
 STREAM = 0x9E3779B9  # of the random numbers of simulated noise
 VAGUE = 0.005  # an interval that begins below half its end says nothing, unless it ends below this: a clean photo
@@ -193,10 +193,9 @@ class MeasurementFromPhoto(io.ComfyNode):
         else:
             sigma = noise["sigma"]
             text = f"noise {sigma:.4g}"
-            if 0 < sigma < ROUNDING and blurs and of_8_bits(photo):
+            if 0 < sigma < LEAST and blurs and of_8_bits(photo):  # what 0 amplifies Finish and Restore measure
                 raise ValueError(
-                    f"sigma: got {sigma:.4g}, but the rounding of this photo's 8 bits alone is {ROUNDING:.4f}, and the inverse of a blur amplifies "
-                    f"it. Set {ROUNDED} or more"
+                    f"sigma: got {sigma:.4g}, less than this photo's 8 bits round away, which the inverse of a blur amplifies. Set {ROUNDED} or more"
                 )
         # Whatever the photo shows where pixels are lost is no measurement.
         return output(cls, Measurement(seen * y, a, 2 * sigma), text)
@@ -313,8 +312,11 @@ def grey(y: Tensor) -> Tensor:
     return y.mean(1, keepdim=True)
 
 
-def check_result(name: str, image: Tensor, measurement: Measurement) -> Tensor:
-    """A result of this measurement as a signal, (B, 3, H, W) in [-1, 1]; an image of another size or batch is refused."""
+def check_result(name: str, image: Tensor, measurement: Measurement, several: bool = False) -> Tensor:
+    """A result of this measurement as a signal, (B, 3, H, W) in [-1, 1]; an image of another size or batch is refused.
+
+    several: whether each photo of the measurement may have several results.
+    """
     x = to_signal(name, image)
     expected = measurement.operator.in_shape
     if tuple(x.shape[1:]) != expected:
@@ -322,15 +324,15 @@ def check_result(name: str, image: Tensor, measurement: Measurement) -> Tensor:
             f"{name}: is {x.shape[3]} x {x.shape[2]} but the measurement's picture is {expected[2]} x {expected[1]}; connect the "
             "decoded result of this measurement, not resized"
         )
-    if len(x) % len(measurement.y):
-        raise ValueError(
-            f"{name}: got a batch of {len(x)} for a measurement of {len(measurement.y)}; there must be as many results of each photo"
-        )
+    count = len(measurement.y)
+    if len(x) % count if several else count not in (1, len(x)):
+        equal = "there must be as many results of each photo, those of the first one first" if several else "they must be equal"
+        raise ValueError(f"{name}: got a batch of {len(x)} for a measurement of {count}; {equal}")
     return x
 
 
 def each_photo(x: Tensor, measurement: Measurement) -> list[tuple[Tensor, Measurement]]:
-    """Results and their measurement, in one piece where there is one result of each photo; else photo by photo, as Restore gives them."""
+    """Results with their measurement: all at once where each photo has one or there is one photo, else photo by photo."""
     if len(measurement.y) in (1, len(x)):
         return [(x, measurement)]
     return [(results, measurement.select(i)) for i, results in enumerate(x.unflatten(0, (len(measurement.y), -1)))]

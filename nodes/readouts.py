@@ -37,7 +37,11 @@ class Consistency(io.ComfyNode):
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Image.Input("image", tooltip="The result, as it was restored: not resized."),
+                io.Image.Input(
+                    "image",
+                    tooltip="The result, as it was restored: not resized. Of a batch of photos one for each, or as many for each, those of the "
+                    "first photo first, as Restore gives them.",
+                ),
                 MeasurementType.Input("measurement", tooltip="The measurement it was restored from."),
                 io.Float.Input(
                     "gain",
@@ -67,7 +71,7 @@ class Consistency(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: Tensor, measurement: Measurement, gain: float) -> io.NodeOutput:
-        x = check_result("image", image, measurement)
+        x = check_result("image", image, measurement, several=True)
         measurement = host.stoppable(measurement, torch.float64)
         pictures, lines, readings = [], [], []
         for results, own in each_photo(x, measurement):
@@ -235,10 +239,7 @@ class Compare(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Image.Input("image", tooltip="The result."),
-                io.Image.Input(
-                    "truth",
-                    tooltip="The picture as it was before it was degraded: one, one for each result, or one for each photo's results in a row.",
-                ),
+                io.Image.Input("truth", tooltip="The picture as it was before it was degraded; one, or one for each result."),
                 io.Float.Input(
                     "brightest",
                     default=0.2,
@@ -263,16 +264,14 @@ class Compare(io.ComfyNode):
             raise ValueError(
                 f"image: is {a.shape[3]} x {a.shape[2]}, but truth is {b.shape[3]} x {b.shape[2]}; connect pictures of one size"
             )
-        if len(a) % len(b):
-            raise ValueError(
-                f"image: got a batch of {len(a)} for {len(b)} pictures at truth; there must be as many results of each"
-            )
+        if len(b) not in (1, len(a)):
+            raise ValueError(f"image: got a batch of {len(a)} for {len(b)} pictures at truth; they must be equal, or truth one")
         if min(a.shape[2:]) < WINDOW:
             raise ValueError(
                 f"image: is {a.shape[3]} x {a.shape[2]}; SSIM looks at windows of {WINDOW} x {WINDOW} pixels; connect larger pictures"
             )
         # As they are shown and saved: from black to white, nothing beyond.
-        a, b = (((v + 1) / 2).clamp(0, 1) for v in (a, b.repeat_interleave(len(a) // len(b), 0)))
+        a, b = (((v + 1) / 2).clamp(0, 1) for v in (a, b.expand_as(a)))
         error = (a - b).square().mean(1)
         values = {"PSNR": -10 * error.mean((1, 2)).log10(), "SSIM": ssim(a, b)}
         if (perceived := lpips_distance(a, b)) is not None:

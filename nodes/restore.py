@@ -196,10 +196,17 @@ class Restore(io.ComfyNode):
                         )
                     image, rms, text = finish(window(to_signal("vae", decoded)), exact.select(i))
                     images.append(image)
-                    worst, texts = max(worst, rms), [*texts, text]
-        pictures, plot = torch.cat(images), residual_plot(curves, exact.sigma / 2)
-        previews = [pictures] if plot is None else [pictures, plot]
-        return io.NodeOutput(pictures, worst, ui=shown(cls, *previews, text="\n".join([*texts, *notes])))
+                    worst = max(worst, rms)
+                    texts += [named_result(i, k, len(filled), samples) + line for line in text.split("\n")]
+            pictures, plot = torch.cat(images), residual_plot(curves, exact.sigma / 2)
+            previews = [pictures] if plot is None else [pictures, plot]
+            return io.NodeOutput(pictures, worst, ui=shown(cls, *previews, text="\n".join([*texts, *notes])))
+
+
+def named_result(photo: int, sample: int, photos: int, samples: int) -> str:
+    """Which of several results a line is about: "photo 2, sample 1: ", or as much of that as there is a choice."""
+    names = [f"photo {photo + 1}"] * (photos > 1) + [f"sample {sample + 1}"] * (samples > 1)
+    return f"{', '.join(names)}: " if names else ""
 
 
 @contextlib.contextmanager
@@ -209,7 +216,7 @@ def keeping(node: type[io.ComfyNode], images: list[Tensor], count: int) -> Itera
         yield
     except BaseException:  # the host's for a cancelled run is no Exception
         if images:
-            line = f"ended early: what was done, {len(images)} of {count} pictures, {host.saved(torch.cat(images))}"
+            line = f"ended early: what was done, {len(images)} of {count} pictures, {host.saved(images)}"
             log.warning(line)
             host.show_text(node, line)
         raise

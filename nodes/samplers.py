@@ -3,7 +3,8 @@
 import torch
 from comfy_api.latest import io
 
-from ..operators import ConvergenceError, Measurement
+from ..operators import Blur, ConvergenceError, Measurement
+from ..operators.compose import factors
 from ..samplers import fill_unseen, sample_cpigdm, sample_psld
 from . import host
 from .types import CATEGORY, MeasurementType, to_image
@@ -195,8 +196,8 @@ class SamplerCPiGDM(io.ComfyNode):
             options=["off", "k", "vp"],
             default="off",
             advanced=True,
-            tooltip="Add the network's Jacobian, at the price of a gradient through it; vp is the paper's. Only for models on pixels. It did "
-            "not help where it was measured, but with weight bayes and a noisy photo, which needs it.",
+            tooltip="Add the network's Jacobian, at the price of a gradient through it; vp is the paper's. Only for models on pixels. It "
+            "helped nowhere but with weight bayes behind a blur, and can lead far astray with noise.",
         )
         w = io.Float.Input(
             "w",
@@ -257,7 +258,7 @@ class SamplerCPiGDM(io.ComfyNode):
                         io.DynamicCombo.Option("paper", [w, jacobian, eta(0.0)]),
                     ],
                     tooltip="How strong the guidance is at each noise level. dual: remembers from step to step what is still missing. bayes: "
-                    "exact for a Gaussian prior, for a noisy photo with the Jacobian only. paper: as published.",
+                    "exact for a Gaussian prior, on pixels with noise only with the Jacobian. paper: as published.",
                 ),
                 io.Vae.Input(
                     "vae",
@@ -282,16 +283,18 @@ class SamplerCPiGDM(io.ComfyNode):
         vae: object = None,
     ) -> io.NodeOutput:
         options = {"consistency": consistency, "inner_steps": inner_steps, "last_steps": last_steps, **weight}
+        jacobian = weight.get("jacobian", "off") != "off"
         if vae is not None:
             host.latent_size(vae, measurement.operator.in_shape)
-        on_pixels = vae is None or host.works_on_pixels(vae)
-        closed, jacobian = on_pixels and measurement.operator.exact, weight.get("jacobian", "off") != "off"
-        if jacobian and not closed:
-            raise ValueError("jacobian: works only for models on pixels and operators with a closed form; set it to off")
-        if weight["weight"] == "bayes" and closed and not jacobian and measurement.sigma > 0:
-            raise ValueError(
-                "jacobian: without it, weight bayes amplifies the noise of this photo on a model that works on pixels. Set jacobian to k, or weight to dual"
-            )
+            closed = host.works_on_pixels(vae) and measurement.operator.exact
+            if jacobian and not closed:
+                raise ValueError("jacobian: works only for models on pixels and operators with a closed form; set it to off")
+            blurs = any(isinstance(part, Blur) for part in factors(measurement.operator))
+            if weight["weight"] == "bayes" and closed and blurs and not jacobian and measurement.sigma > 0:
+                # Where A nearly loses a direction the noise is amplified, which |A x - y| does not show.
+                raise ValueError(
+                    "weight: bayes without the Jacobian amplifies the noise of a blurred photo on a model that works on pixels; set it to dual"
+                )
         run = {"memory": memory, "check_gradients": check_gradients, "unique_id": host.node_id(cls)}
         run |= {"network_gradient": jacobian, "lighter": LIGHTER}
         return io.NodeOutput(host.stock_sampler(sample_cpigdm, measurement, vae, **run, **options))

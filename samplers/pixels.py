@@ -133,14 +133,19 @@ def _as_it_needs(x: Tensor, measurement: Any, photos: Sequence[Any]) -> Tensor:
 
 def corrected(x: Tensor, measurement: Any, i: int, error: float) -> Tensor:
     """Image i of x, (1, C, H, W), as the mean under y of an image that is off by white errors of this size."""
-    y = measurement.y.expand(len(x), -1, -1, -1)[i : i + 1]
-    return measurement.operator.select(i).prox_l2(x[i : i + 1], y, (error / measurement.sigma) ** 2)
+    operator, y = _of_image(measurement, i)
+    return operator.prox_l2(x[i : i + 1], y, (error / measurement.sigma) ** 2)
 
 
 def residual(image: Tensor, measurement: Any, i: int) -> Tensor:
     """||A x - y|| of one image, (1, C, H, W), with the measurement of image i."""
-    y = measurement.y[i : i + 1] if len(measurement.y) > 1 else measurement.y
-    return (measurement.operator.select(i).A(image) - y).norm()
+    operator, y = _of_image(measurement, i)
+    return (operator.A(image) - y).norm()
+
+
+def _of_image(measurement: Any, i: int) -> tuple[Any, Tensor]:
+    """Operator and y of image i; one y may stand for all."""
+    return measurement.operator.select(i), measurement.y[i : i + 1] if len(measurement.y) > 1 else measurement.y
 
 
 def feather_holes(x: Tensor, agreed: Tensor, keep: Tensor, width: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -121,19 +121,28 @@ class Course:
                 image = self.denoised if codec is None else codec.decode(self.denoised)
         except (RuntimeError, MemoryError) as second:  # NaN here too, no memory
             return f"The last good estimate could not be saved ({second})"
-        picture = ((image.float().cpu() + 1) / 2).movedim(1, -1)
-        return f"The last good estimate, of step {self.done}, {saved(picture)}"
+        pictures = ((image.float().cpu() + 1) / 2).movedim(1, -1)
+        return f"The last good estimate, of step {self.done}, {saved(pictures.split(1))}"
 
 
-def saved(pictures: Tensor) -> str:
-    """Save IMAGEs of a run that did not end into ComfyUI's output folder, and say so: "is saved ...", or that it is not."""
+def saved(images: Sequence[Tensor]) -> str:
+    """Save IMAGEs of a run that did not end into ComfyUI's output folder, one by one, and say so: "is saved ...", or that it is not.
+
+    Whatever goes wrong with it: the run's own end is what counts.
+    """
+    names: list[str] = []
+    fault = ""
     try:
         with without("saving what a run had done"):
             from comfy_api.latest import io, ui
 
-            files = ui.ImageSaveHelper.save_images(pictures.clamp(0, 1), "posterior_unfinished", io.FolderType.output, None)
-            names = [entry["filename"] for entry in files]
-            return f"is saved in ComfyUI's output folder as {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "")
-    except (RuntimeError, MemoryError, OSError) as error:  # no room on the disk
-        return f"could not be saved ({error})"
-    return "could not be saved"
+            for image in images:
+                files = ui.ImageSaveHelper.save_images(image.clamp(0, 1), "posterior_unfinished", io.FolderType.output, None)
+                names += [entry["filename"] for entry in files]
+    except Exception as error:  # no room on the disk, no memory
+        fault = f" ({error})"
+    kept = (
+        f"is saved in ComfyUI's output folder as {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "") if names else ""
+    )
+    rest = f"could not be saved{fault}" if len(names) < sum(map(len, images)) else ""
+    return ", the rest ".join(part for part in (kept, rest) if part)

@@ -109,7 +109,8 @@ def run_on_host(
         vae = None
     readout = Readout(unique_id, residual_scale(measurement), measurement.sigma / 2, [] if notes is None else notes, title)
     if line := size_note(guider.model_patcher, tuple(measurement.operator.in_shape[1:])):
-        log.warning(line)
+        if line not in readout.notes:
+            log.warning(line)
         readout.note(line)
     plan = Plan() if plan is None else plan
     by_encoder = vae is not None and not network_gradient and options.get("consistency") == "encoder"

@@ -323,14 +323,6 @@ def test_several_results_of_each_photo(nodes: ModuleType, pack: ModuleType, comb
     assert not agrees
     lines = [f"picture {i + 1}: {line}" for i, one in enumerate(alone) for line in one[4].split("\n")]
     assert text == "\n".join(lines)
-
-    with torch.inference_mode():
-        out = nodes.finish.Finish.execute(results, measurement, 0.0)
-        each = [nodes.finish.Finish.execute(results[i : i + 1], measurement.select(i // 3), 0.0) for i in range(6)]
-    torch.testing.assert_close(out.args[0], torch.cat([one.args[0] for one in each]), rtol=0, atol=1e-6)
-    assert out.args[1] == pytest.approx(max(one.args[1] for one in each), rel=1e-6)
-    with torch.inference_mode():
-        compared = nodes.readouts.Compare.execute(results, truth, 0.2).args
-        again = nodes.readouts.Compare.execute(results, truth.repeat_interleave(3, 0), 0.2).args
-    assert torch.equal(compared[0], again[0])
-    assert compared[1:] == again[1:]
+    # Finish would make a result agree with whatever photo it takes for its own.
+    with pytest.raises(ValueError, match=r"^image: got a batch of 6 for a measurement of 2; they must be equal"):
+        nodes.finish.Finish.execute(results, measurement, 0.0)
