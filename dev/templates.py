@@ -26,15 +26,17 @@ BOX = operator("PosteriorMask", 0, pattern="box", pattern__x=36, pattern__y=40, 
 SWAP = """Runs as installed. For your own photo and model remove **Compare** and **Truth**, where they are, set the numbers of **Operator** to your photo's, and replace
 * **Load Demo Prior** by **Load Checkpoint**,
 * **Demo Pictures** by **Load Image**,
-* **Measure (simulate)** by **Measurement from Photo**, with your photo's noise"""
+* **Measure (simulate)** by **Measurement from Photo**, with your photo's noise.
 
-OWN_MASK = "* the pattern of **Operator** by mask, with the mask of Load Image."
+Stable Diffusion wants a prompt: write what the picture shows, and with Restore's or the guider's cfg at 3 or 4 connect a negative one, too; it may be empty."""
+
+OWN_MASK = "The losses are invented: set the pattern of **Operator** to mask, and connect the mask of Load Image."
 
 DEMO_TEMPLATES = [
     Template(
         "super_resolution_x8",
         "## x8 super-resolution with C-PiGDM\n16 x 16 pixels become 128 x 128 in 20 network calls, and made smaller again they are the "
-        f"16 x 16. It starts from the enlarged photo under noise of sigma 2 (denoise .6), which hides what is wrong with it.\n\n{SWAP}.",
+        f"16 x 16. It starts from the enlarged photo under noise of sigma 2 (denoise .6), which hides what is wrong with it.\n\n{SWAP}",
         stock_graph(
             [operator("PosteriorDownscale", method="area", method__factor=8)], cpigdm(), steps=20, pictures=(5, 4), denoise=0.6
         ),
@@ -43,7 +45,7 @@ DEMO_TEMPLATES = [
         "super_resolution_x4",
         "## x4 super-resolution with PSLD\nA photo made smaller by bicubic resampling, as most programs do. PSLD follows the gradient "
         "through the model and its VAE in each of 20 steps, from the enlarged photo under noise of sigma 1.2 (denoise .4), as Restore does. It "
-        f"takes more memory than C-PiGDM; with the demo prior it is level with it in boxes, elsewhere behind.\n\n{SWAP}.",
+        f"takes more memory than C-PiGDM; with the demo prior it is level with it in boxes, elsewhere behind.\n\n{SWAP}",
         stock_graph(
             [operator("PosteriorDownscale", method="bicubic", method__factor=4.0)],
             psld(),
@@ -54,13 +56,14 @@ DEMO_TEMPLATES = [
     ),
     Template(
         "inpaint_box",
-        f"## Box inpainting with C-PiGDM\nThe box is invented, every other pixel comes back bit-exact.\n\n{SWAP},\n{OWN_MASK}",
+        f"## Box inpainting with C-PiGDM\nThe box is invented, every other pixel comes back bit-exact.\n\n{SWAP}\n\n{OWN_MASK}",
         stock_graph([BOX], cpigdm(), steps=20, pictures=(5, 4), hole=True),
     ),
     Template(
         "inpaint_free_form",
         "## Holes of any shape with Restore\nFlakes have come off the picture: single lost pixels, grown. They are filled; every other "
-        f"pixel comes back bit-exact.\n\n{SWAP},\n* **Flakes** by the mask of Load Image; paint it in the mask editor.",
+        f"pixel comes back bit-exact.\n\n{SWAP}\n\nThe losses are invented: remove **Specks**, **Specks as Mask** and **Flakes**, and connect the mask of Load "
+        "Image to **Operator**; paint it in the mask editor.",
         one_node(
             [
                 operator("PosteriorMask", 0, "Specks", pattern="random", pattern__fraction=0.01, pattern__seed=3),
@@ -74,19 +77,19 @@ DEMO_TEMPLATES = [
     Template(
         "deblur_gaussian",
         "## Gaussian deblurring with Restore\nA soft photo with a little noise. **Estimate Blur** reads the width of your photo's blur "
-        f"from a crop of one sharp edge, **Estimate Noise** its sigma.\n\n{SWAP}.",
+        f"from a crop of one sharp edge, **Estimate Noise** its sigma.\n\n{SWAP}",
         one_node([operator("PosteriorBlur", 0, kernel="gaussian", kernel__sigma=3.0)], first=6, sigma=0.01, quality="best"),
     ),
     Template(
         "deblur_motion",
         "## Motion deblurring with Restore\nThe camera moved. **Estimate Blur** reads the path from a crop of one point of light in "
-        f"your photo.\n\n{SWAP}.",
+        f"your photo.\n\n{SWAP}",
         one_node([operator("PosteriorBlur", 0, kernel="motion", kernel__length=15.0, kernel__angle=30.0)], first=1, sigma=0.01),
     ),
     Template(
         "destripe",
-        f"## Destriping with C-PiGDM\nFour of every sixteen lines are dead. **Find Stripes** finds them in your photo.\n\n{SWAP},\n"
-        "* the pattern of **Operator** by mask, with the mask of **Find Stripes**",
+        f"## Destriping with C-PiGDM\nFour of every sixteen lines are dead. **Find Stripes** finds them in your photo.\n\n{SWAP}\n\n"
+        "The losses are invented: set the pattern of **Operator** to mask, and connect the mask of **Find Stripes**.",
         stock_graph(
             [operator("PosteriorMask", 0, pattern="stripes", pattern__period=16, pattern__width=4)],
             cpigdm(),
@@ -97,19 +100,19 @@ DEMO_TEMPLATES = [
     ),
     Template(
         "denoise",
-        f"## Denoising with Restore\nStrong noise, sigma 0.1. **Estimate Noise** reads the sigma of your photo.\n\n{SWAP}.",
+        f"## Denoising with Restore\nStrong noise, sigma 0.1. **Estimate Noise** reads the sigma of your photo.\n\n{SWAP}",
         one_node([operator("PosteriorIdentity")], first=7, sigma=0.1),
     ),
     Template(
         "colourise",
         "## Colourisation with Restore\nThe brightness of each pixel stays as it is; the colours are the model's, and another seed "
-        f"gives others.\n\n{SWAP}.",
+        f"gives others.\n\n{SWAP}",
         one_node([operator("PosteriorGrayscale")], first=13, quality="best"),
     ),
     Template(
         "old_photo",
         "## An old photo, with Restore\nFour things happened to it, one after the other: black and white, soft, scratched, grainy. Each "
-        f"operator node takes the one before; the grain is the sigma of the measurement.\n\n{SWAP},\n{OWN_MASK}; leave it out if nothing is lost",
+        f"operator node takes the one before; the grain is the sigma of the measurement.\n\n{SWAP}\n\n{OWN_MASK} Leave it out if nothing is lost.",
         one_node(
             [
                 operator("PosteriorGrayscale", 0, title="Black and White"),
@@ -134,7 +137,7 @@ DEMO_TEMPLATES = [
     Template(
         "uncertainty",
         "## Which details are invented\nFour results for one photo: their mean, and at each pixel how much they differ. Black is "
-        f"certain, white is invented.\n\n{SWAP},\n{OWN_MASK}",
+        f"certain, white is invented.\n\n{SWAP}\n\n{OWN_MASK}",
         [
             *degraded([BOX], (6, 1), 0.0),
             Node("PosteriorRestore", "Restore", 2, restored(samples=4, quality="best")),

@@ -355,9 +355,12 @@ def output(node: type[io.ComfyNode], measurement: Measurement, text: str) -> io.
     draw = torch.randn(measurement.y.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     reached = measurement.operator.A_adjoint(draw.expand(measurement.y.shape).contiguous()).abs_().amax(1)
     lost = (reached <= 1e-9 * reached.max()).float()
-    if share := float(lost.mean()):
-        text += f"\n{'less than 0.1%' if share < 1e-3 else f'{share:.1%}'} of the picture lost"
-        text += "; if a mask marks the pixels to keep, invert it" if share > 0.5 else ""
+    shares = lost.flatten(1).mean(1).tolist()
+    each = len(set(shares)) > 1
+    for i, share in enumerate(shares if each else shares[:1]):
+        if share:
+            text += f"\n{f'picture {i + 1}: ' if each else ''}{'less than 0.1%' if share < 1e-3 else f'{share:.1%}'} of the picture lost"
+            text += "; if a mask marks the pixels to keep, invert it" if share > 0.5 else ""
     picture = degraded(measurement)
     return io.NodeOutput(measurement, picture, lost, ui=shown(node, picture, text=text))
 

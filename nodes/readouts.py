@@ -77,11 +77,13 @@ class Consistency(io.ComfyNode):
         for results, own in each_photo(x, measurement):
             rows, found = degraded_again(results, single(own), gain)
             pictures.append(below(*rows))
+            several = len(x) > len(measurement.y) > 1
             for i, parts in enumerate(zip(*found, strict=True)):
                 best = None if all(part.agrees for part in parts) else best_residuals(own.select(i if len(own.y) > 1 else 0))
                 readings.append(parts)
                 for k, part in enumerate(parts):
-                    names = [f"picture {len(readings)}"] * (len(x) > 1) + [f"photo {k + 1}"] * (len(parts) > 1)
+                    number = f"picture {len(pictures)}, sample {i + 1}" if several else f"picture {len(readings)}"
+                    names = [number] * (len(x) > 1) + [f"photo {k + 1}"] * (len(parts) > 1)
                     lines.append(": ".join([*names, verdict(part, best, k)]))
         relative, sigmas = zip(*map(overall, readings), strict=True)
         agrees = all(part.agrees for parts in readings for part in parts)
@@ -189,8 +191,8 @@ def remedy(limit: float, best: list[float] | str, k: int) -> str:
         return f"Whether any picture could is not known ({best})"
     if best[k] <= limit:
         return (
-            "It can be met: the Finish node (Restore includes it) or more steps bring it closer. If they do not, check the operator: a "
-            "blur that is too wide can be met, too, by a picture that looks wrong"
+            "It can be met: more steps bring it closer, and so does the Finish node, which Restore includes. If they do not, check the "
+            "operator: a blur that is too wide can be met, too, by a picture that looks wrong; Estimate Blur reads it from the photo"
         )
     if len(best) > 1:
         return (
@@ -198,8 +200,8 @@ def remedy(limit: float, best: list[float] | str, k: int) -> str:
             f"its photo. Check that they are aligned, and each operator; or set sigma to {max(best[k], ROUNDED):.2g}"
         )
     return (
-        f"No likely picture brings it below {best[k]:.3g}: the photo has more noise than was said, for which set sigma to "
-        f"{max(best[k], ROUNDED):.2g}, or this operator did not make it, for which check its kind, numbers and order"
+        f"No likely picture brings it below {best[k]:.3g}. If the photo was a JPEG, or Estimate Noise reads about as much, set sigma to "
+        f"{max(best[k], ROUNDED):.2g}. Else this operator did not make it: check its kind, numbers and order; Estimate Blur reads a blur's width"
     )
 
 

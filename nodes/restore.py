@@ -161,6 +161,8 @@ class Restore(io.ComfyNode):
             notes.append(
                 "nothing to restore: the photo is said to be whole and noise-free. Give its Measurement node a sigma above 0"
             )
+        if count > len(filled) > 1:
+            notes.append(f"{len(filled)} pictures, {samples} samples of each: for Uncertainty set its per_photo to {samples}")
         with keeping(cls, images, count):
             # One picture at a time: it takes the memory of one, and comes out the same to the bit in any batch.
             for i in range(len(filled)):
@@ -181,7 +183,7 @@ class Restore(io.ComfyNode):
                         vae,
                         check_gradients=check,
                         notes=notes,
-                        title=f"picture {len(images) + 1} of {count}, " if count > 1 else "",
+                        title=f"result {len(images) + 1} of {count}, " if count > 1 else "",
                         **run,
                         **options,
                     )
@@ -204,8 +206,8 @@ class Restore(io.ComfyNode):
 
 
 def named_result(photo: int, sample: int, photos: int, samples: int) -> str:
-    """Which of several results a line is about: "photo 2, sample 1: ", or as much of that as there is a choice."""
-    names = [f"photo {photo + 1}"] * (photos > 1) + [f"sample {sample + 1}"] * (samples > 1)
+    """Which of several results a line is about: "picture 2, sample 1: ", or as much of that as there is a choice."""
+    names = [f"picture {photo + 1}"] * (photos > 1) + [f"sample {sample + 1}"] * (samples > 1)
     return f"{', '.join(names)}: " if names else ""
 
 

@@ -112,6 +112,7 @@ def run_on_host(
         if line not in readout.notes:
             log.warning(line)
         readout.note(line)
+        readout.begin()
     plan = Plan() if plan is None else plan
     by_encoder = vae is not None and not network_gradient and options.get("consistency") == "encoder"
     need, memory = needed(plan, guider, vae, x, network_gradient, not by_encoder), plan.mode or memory

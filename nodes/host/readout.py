@@ -95,6 +95,11 @@ class Readout:
         if line not in self.notes:
             self.notes.append(line)
 
+    def begin(self) -> None:
+        """Show what is known before the first step."""
+        if self.notes:
+            self._send("")
+
     def restart(self, line: str) -> None:
         """Begin again, and say why."""
         self.note(line)

@@ -157,6 +157,10 @@ class MissingPixels(io.ComfyNode):
         if not bool(torch.isfinite(mask).all()):
             raise ValueError("mask: has NaN or infinite values; the node before it went wrong")
         keep = (mask < threshold)[:, None].float()
+        if bool(keep.all()) and (largest := float(mask.max())) > 0:
+            raise ValueError(
+                f"mask: marks no pixel, as its largest value, {largest:.2g}, is below the threshold, {threshold:.2g}; lower that"
+            )
         if bool(keep.all()):
             raise ValueError(
                 "mask: marks no pixel. Paint the hole: right-click the picture in Load Image, Open in Mask Editor (an unpainted picture "

@@ -125,6 +125,22 @@ def test_how_much_is_lost_is_said(nodes: ModuleType, pack: ModuleType, inverted:
     text = from_photo(nodes, textured(80), hole, noise="entered", sigma=0.0).ui["text"][0]
     hint = "; if a mask marks the pixels to keep, invert it"
     assert text == "noise 0\n" + (f"90.0% of the picture lost{hint}" if inverted else "10.0% of the picture lost")
+    # In a batch the other way round in one picture only.
+    keep = torch.cat([pack.operators.box_mask((3, 80, 80), (16, 40), invert=other) for other in (inverted, not inverted)])
+    text = from_photo(nodes, textured(80).repeat(2, 1, 1, 1), lambda _: pack.operators.Mask(keep), noise="entered", sigma=0.0)
+    said = ["10.0% of the picture lost", f"90.0% of the picture lost{hint}"]
+    expected = [f"picture {i + 1}: {line}" for i, line in enumerate(said[::-1] if inverted else said)]
+    assert text.ui["text"][0].split("\n") == ["noise 0", *expected]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.0, "mask: marks no pixel. Paint"), (0.4, "largest value, 0.4, is below the threshold, 0.5; lower")]
+)
+def test_a_mask_below_its_threshold_is_not_called_empty(nodes: ModuleType, value: float, said: str) -> None:
+    mask = torch.full((1, 8, 8), value)
+    given = {"pattern": "mask", "mask": mask, "threshold": 0.5}
+    with pytest.raises(ValueError, match=re.escape(said)):
+        nodes.operators.missing.MissingPixels.execute(given)
 
 
 def test_a_photo_that_only_a_wild_picture_would_meet_is_refused(nodes: ModuleType, pack: ModuleType) -> None:

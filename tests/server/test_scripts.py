@@ -39,7 +39,7 @@ def last_prompt(server: Server) -> dict[str, dict]:
 def run(script: str) -> Image.Image:
     Path("script.py").write_text(script)
     runpy.run_path("script.py")
-    return Image.open(io.BytesIO(Path("result.png").read_bytes()))
+    return Image.open(io.BytesIO(Path("result_1.png").read_bytes()))
 
 
 def with_demo_prior(script: str) -> str:
