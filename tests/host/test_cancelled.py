@@ -172,3 +172,27 @@ def test_what_restore_had_done_is_kept(h: Host, restore: Callable[..., Tensor], 
         assert abs(difference).max() <= 1
     said = f"what was done, 2 of 3 pictures, is saved in ComfyUI's output folder as {kept[0].name} to {kept[1].name}"
     assert said in caplog.text
+
+
+def test_what_cannot_be_saved_does_not_hide_that_a_run_was_cancelled(
+    h: Host, restore: Callable[..., Tensor], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as mm
+    from comfy_api.latest import ui
+
+    layer, before, save, saved = middle(h, "decode"), unfinished(), ui.ImageSaveHelper.save_images, []
+
+    def full(*given: Any, **named: Any) -> Any:  # nodes' own previews go through here, too
+        saved.extend([1] * ("posterior_unfinished" in given[1:]))
+        if len(saved) > 1:
+            raise OSError("No space left on device")
+        return save(*given, **named)
+
+    monkeypatch.setattr(ui.ImageSaveHelper, "save_images", full)
+    with Scarce(layer, set()) as passed:
+        restore(samples=3)
+    with Cancelled(h, layer, passed.calls), pytest.raises(mm.InterruptProcessingException):
+        restore(samples=3)
+    (kept,) = unfinished() - before
+    said = f"2 of 3 pictures, is saved in ComfyUI's output folder as {kept.name}, the rest could not be saved (No space left on device)"
+    assert said in caplog.text

@@ -130,7 +130,8 @@ def test_an_operator_that_did_not_make_the_photo_is_told(nodes: ModuleType, pack
         assert not agrees
         floor = float(
             re.search(
-                r"No likely picture brings it below (\S+): the photo has more noise .*, or this operator did not make it", text
+                r"No likely picture brings it below (\S+)\. If the photo was a JPEG, .* Else this operator did not make it",
+                text,
             )[1]
         )
         assert 0.01 * 1.25 < floor <= 1.01 * sigmas * 0.01

@@ -1,5 +1,6 @@
 """Every operator and calibration node, through the server: what it shows is what the operator of the same numbers gives."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from support.server_prompts import Prompt, picture
 from torch import Tensor
 
-from dev.server import Server
+from dev.server import PromptFailed, Server
 from operators import (
     AreaDownscale,
     BicubicDownscale,
@@ -155,6 +156,21 @@ def test_noise_is_estimated(server: Server) -> None:
     prompt["t"] = {"class_type": "PreviewAny", "inputs": {"source": ["e", 0]}, "_meta": {"title": "Value"}}
     found = float(server.run(prompt)["t"]["text"][0])
     assert abs(found - 0.08) < 0.008
+
+
+def test_an_estimate_runs_by_itself(server: Server) -> None:
+    """Nothing is connected to what it gives."""
+    prompt = prompt_with(CASES["noise only"][:2], sigma=0.02)
+    del prompt["3"]
+    prompt["e"] = {"class_type": "PosteriorEstimateNoise", "inputs": {"photo": ["2", 1]}, "_meta": {"title": "Estimate"}}
+    assert re.search(r"noise 0\.0\d+ \(0\.0\d+ to 0\.0\d+\)", server.run(prompt)["e"]["text"][0])
+
+
+def test_an_estimate_that_cannot_tell_says_so_by_itself(server: Server) -> None:
+    prompt = prompt_with(CASES["noise only"][:2])
+    prompt["e"] = {"class_type": "PosteriorEstimateStripes", "inputs": {"photo": ["1", 0]}, "_meta": {"title": "Find"}}
+    with pytest.raises(PromptFailed, match=r"PosteriorEstimateStripes.*photo: no clearly lost lines found"):
+        server.run(prompt)
 
 
 def test_stripes_are_found(server: Server) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import runpy
+import time
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +86,16 @@ def test_second_script_is_for_a_photo(server: Server, scripts: list[str]) -> Non
     inputs = last_prompt(server)
     assert inputs["Load Image"]["image"].startswith("photo")
     assert inputs["Positive Prompt"]["text"] == "photo of a harbour"
+
+
+def test_last_script_restores_a_folder(server: Server, scripts: list[str], base: Path) -> None:
+    Path("photos").mkdir()
+    for i, size in enumerate([(48, 40), (40, 48)]):
+        Image.fromarray(draw(1_000_000 + i)).crop((40, 40, 40 + size[0], 40 + size[1])).save(f"photos/{'ab'[i]}.png")
+    begin, _ = scripts[0].split("answer = ")
+    Path("script.py").write_text(begin.replace("deblur_gaussian.json", "sd3_deblur.json") + scripts[4])
+    runpy.run_path("script.py")
+    while (queue := server.get_json("/queue"))["queue_running"] or queue["queue_pending"]:
+        time.sleep(0.5)
+    found = {path.name: Image.open(path).size for path in (base / "output" / "restored").glob("*.png")}
+    assert found == {"a_00001_.png": (48, 40), "b_00001_.png": (40, 48)}
