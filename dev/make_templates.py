@@ -157,14 +157,21 @@ def laid_out(nodes: list[Node], object_info: Info, sockets: tuple[str, ...] = ()
     return entries, links
 
 
+def note_height(text: str) -> int:
+    """That shows the whole of a note as wide as two columns, by the look of it."""
+    lines = sum(-(-max(1, len(line)) // 88) if line else 0.7 for line in text.split("\n"))
+    return max(200, 50 + round(14 * lines))
+
+
 def ui_format(template: Template, object_info: Info) -> Info:
     nodes, links = laid_out(template.nodes, object_info)
+    height = note_height(template.note)
     note = {
         "id": len(nodes) + 1,
         "type": "MarkdownNote",
         "title": "What this does",
-        "pos": [0, -280],
-        "size": [2 * WIDTH + SPACE, 200],
+        "pos": [0, -80 - height],
+        "size": [2 * WIDTH + SPACE, height],
         "flags": {},
         "order": len(nodes),
         "mode": 0,

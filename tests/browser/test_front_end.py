@@ -57,6 +57,12 @@ def test_template_opens_and_is_its_api_twin(front_end: FrontEnd, name: str) -> N
     assert touching(nodes) == []
     assert front_end.prompt() == twin(name)
     assert front_end.errors == []
+    note = next(node for node in template(name)["nodes"] if node["type"] == "MarkdownNote")
+    front_end.look_at(1.0, 20 - note["pos"][0], 70 - note["pos"][1])
+    text = front_end.page.locator(".comfy-markdown .tiptap")
+    text.wait_for(state="visible")
+    whole, shown = text.evaluate("text => [text.scrollHeight, text.clientHeight]")
+    assert whole <= shown, "its note is cut off"
 
 
 def test_run_brings_the_picture_into_the_page(front_end: FrontEnd) -> None:
