@@ -358,8 +358,9 @@ def output(node: type[io.ComfyNode], measurement: Measurement, text: str) -> io.
     shares = lost.flatten(1).mean(1).tolist()
     each = len(set(shares)) > 1
     for i, share in enumerate(shares if each else shares[:1]):
-        if share:
-            text += f"\n{f'picture {i + 1}: ' if each else ''}{'less than 0.1%' if share < 1e-3 else f'{share:.1%}'} of the picture lost"
+        if share or each:
+            much = "nothing" if share == 0 else "less than 0.1%" if share < 1e-3 else f"{share:.1%}"
+            text += f"\n{f'picture {i + 1}: ' if each else ''}{much} of the picture lost"
             text += "; if a mask marks the pixels to keep, invert it" if share > 0.5 else ""
     picture = degraded(measurement)
     return io.NodeOutput(measurement, picture, lost, ui=shown(node, picture, text=text))

@@ -196,8 +196,8 @@ class SamplerCPiGDM(io.ComfyNode):
             options=["off", "k", "vp"],
             default="off",
             advanced=True,
-            tooltip="Add the network's Jacobian, at the price of a gradient through it; vp is the paper's. Only for models on pixels. It "
-            "helped nowhere but with weight bayes behind a blur, and can lead far astray with noise.",
+            tooltip="Add the network's Jacobian, at the price of a gradient through it; vp is the paper's. Only for models on pixels. On the demo "
+            "prior it helped nowhere, and with weight bayes from the highest noise level on led far astray.",
         )
         w = io.Float.Input(
             "w",
@@ -286,15 +286,17 @@ class SamplerCPiGDM(io.ComfyNode):
         jacobian = weight.get("jacobian", "off") != "off"
         if vae is not None:
             host.latent_size(vae, measurement.operator.in_shape)
-            closed = host.works_on_pixels(vae) and measurement.operator.exact
-            if jacobian and not closed:
-                raise ValueError("jacobian: works only for models on pixels and operators with a closed form; set it to off")
-            blurs = any(isinstance(part, Blur) for part in factors(measurement.operator))
-            if weight["weight"] == "bayes" and closed and blurs and not jacobian and measurement.sigma > 0:
-                # Where A nearly loses a direction the noise is amplified, which |A x - y| does not show.
-                raise ValueError(
-                    "weight: bayes without the Jacobian amplifies the noise of a blurred photo on a model that works on pixels; set it to dual"
-                )
+        closed = (vae is None or host.works_on_pixels(vae)) and measurement.operator.exact
+        hint = "; for a model on latents connect its VAE" if vae is None else ""
+        if jacobian and not closed:
+            raise ValueError(f"jacobian: works only for models on pixels and operators with a closed form; set it to off{hint}")
+        blurs = any(isinstance(part, Blur) for part in factors(measurement.operator))
+        if weight["weight"] == "bayes" and closed and blurs and not jacobian and measurement.sigma > 0:
+            # Where A nearly loses a direction the noise is amplified, which |A x - y| does not show.
+            raise ValueError(
+                "weight: bayes without the Jacobian amplifies the noise of a blurred photo on a model that works on pixels; set it to "
+                f"dual{hint}"
+            )
         run = {"memory": memory, "check_gradients": check_gradients, "unique_id": host.node_id(cls)}
         run |= {"network_gradient": jacobian, "lighter": LIGHTER}
         return io.NodeOutput(host.stock_sampler(sample_cpigdm, measurement, vae, **run, **options))

@@ -159,7 +159,7 @@ class MissingPixels(io.ComfyNode):
         keep = (mask < threshold)[:, None].float()
         if bool(keep.all()) and (largest := float(mask.max())) > 0:
             raise ValueError(
-                f"mask: marks no pixel, as its largest value, {largest:.2g}, is below the threshold, {threshold:.2g}; lower that"
+                f"mask: marks no pixel, as its largest value, {largest:.4g}, is below the threshold, {threshold:.4g}; lower that"
             )
         if bool(keep.all()):
             raise ValueError(

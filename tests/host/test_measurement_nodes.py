@@ -131,10 +131,19 @@ def test_how_much_is_lost_is_said(nodes: ModuleType, pack: ModuleType, inverted:
     said = ["10.0% of the picture lost", f"90.0% of the picture lost{hint}"]
     expected = [f"picture {i + 1}: {line}" for i, line in enumerate(said[::-1] if inverted else said)]
     assert text.ui["text"][0].split("\n") == ["noise 0", *expected]
+    # Or one whose mask marks nothing.
+    keep = torch.cat([pack.operators.box_mask((3, 80, 80), (16, 40)), torch.ones(1, 1, 80, 80)])
+    text = from_photo(nodes, textured(80).repeat(2, 1, 1, 1), lambda _: pack.operators.Mask(keep), noise="entered", sigma=0.0)
+    assert text.ui["text"][0].split("\n") == [
+        "noise 0",
+        "picture 1: 10.0% of the picture lost",
+        "picture 2: nothing of the picture lost",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(0.0, "mask: marks no pixel. Paint"), (0.4, "largest value, 0.4, is below the threshold, 0.5; lower")]
+    ("value", "said"),
+    [(0.0, "mask: marks no pixel. Paint"), (127 / 255, "largest value, 0.498, is below the threshold, 0.5; lower")],
 )
 def test_a_mask_below_its_threshold_is_not_called_empty(nodes: ModuleType, value: float, said: str) -> None:
     mask = torch.full((1, 8, 8), value)

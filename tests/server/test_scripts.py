@@ -4,7 +4,6 @@ import io
 import json
 import re
 import runpy
-import time
 from pathlib import Path
 
 import numpy as np
@@ -88,14 +87,22 @@ def test_second_script_is_for_a_photo(server: Server, scripts: list[str]) -> Non
     assert inputs["Positive Prompt"]["text"] == "photo of a harbour"
 
 
-def test_last_script_restores_a_folder(server: Server, scripts: list[str], base: Path) -> None:
+def test_last_script_restores_a_folder(
+    server: Server, scripts: list[str], base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A PNG, a JPEG, one that is smaller than the blur, and a file that is no photo."""
     Path("photos").mkdir()
-    for i, size in enumerate([(48, 40), (40, 48)]):
-        Image.fromarray(draw(1_000_000 + i)).crop((40, 40, 40 + size[0], 40 + size[1])).save(f"photos/{'ab'[i]}.png")
+    first, second, third = (Image.fromarray(draw(1_000_000 + i)).crop((40, 40, 88, 80 + i)) for i in range(3))
+    first.save("photos/a.png")
+    second.save("photos/b.JPG", "JPEG")
+    third.resize((16, 16)).save("photos/c.png")
+    Path("photos/notes.txt").write_text("no photo")
     begin, _ = scripts[0].split("answer = ")
-    Path("script.py").write_text(begin.replace("deblur_gaussian.json", "sd3_deblur.json") + scripts[4])
+    begin = begin.replace("deblur_gaussian.json", "sd3_deblur.json")
+    Path("script.py").write_text(begin + scripts[4])
     runpy.run_path("script.py")
-    while (queue := server.get_json("/queue"))["queue_running"] or queue["queue_pending"]:
-        time.sleep(0.5)
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["a.png done", "b.JPG done"]
+    assert said[2].startswith("c.png operator: ")
     found = {path.name: Image.open(path).size for path in (base / "output" / "restored").glob("*.png")}
-    assert found == {"a_00001_.png": (48, 40), "b_00001_.png": (40, 48)}
+    assert found == {"a_00001_.png": (48, 40), "b_00001_.png": (48, 41)}
