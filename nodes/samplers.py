@@ -197,7 +197,7 @@ class SamplerCPiGDM(io.ComfyNode):
             default="off",
             advanced=True,
             tooltip="Add the network's Jacobian, at the price of a gradient through it; vp is the paper's. Only for models on pixels. On the demo "
-            "prior it helped nowhere, and with weight bayes from the highest noise level on led far astray.",
+            "prior it led far astray with weight bayes from the highest noise level on.",
         )
         w = io.Float.Input(
             "w",
