@@ -159,7 +159,7 @@ def laid_out(nodes: list[Node], object_info: Info, sockets: tuple[str, ...] = ()
 
 def note_height(text: str) -> int:
     """That shows the whole of a note as wide as two columns, by the look of it."""
-    lines = sum(-(-max(1, len(line)) // 88) if line else 0.7 for line in text.split("\n"))
+    lines = sum(-(-len(line) // 88) if line else 0.7 for line in text.split("\n"))
     return max(200, 50 + round(14 * lines))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..operators import ConvergenceError, Mask, Measurement
 from ..samplers import enforce_consistency, feather_holes
 from . import host
-from .measurement import ROUNDED, check_result, single
+from .measurement import ROUNDED, check_result, single, which
 from .pictures import shown
 from .readouts import compared
 from .types import BRIGHTEST, CATEGORY, MeasurementType, to_image, to_signal
@@ -107,9 +107,8 @@ def finish(x: Tensor, measurement: Measurement, error: float = 0.0, feather: flo
     found = [[compared(photo.operator.A(v), photo) for v in (x, to_signal("image", finished))] for photo in photos]
     for i in range(len(x)):
         for k, (before, after) in enumerate(found):
-            names = [f"picture {i + 1}"] * (len(x) > 1) + [f"photo {k + 1}"] * (len(photos) > 1)
+            name = which(picture=(i, len(x)), photo=(k, len(photos)))
             noise = f" (noise {after[i].sigma:.3g})" if after[i].sigma else ""
-            name = "".join(f"{name}: " for name in names)
             lines.append(f"{name}|A x - y| {before[i].rms:.1e} -> {after[i].rms:.1e}{noise}")
             worst = max(worst, after[i].rms)
     farthest = max((one.sigmas for _, after in found for one in after if not one.agrees), default=0.0)

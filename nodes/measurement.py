@@ -185,20 +185,25 @@ class MeasurementFromPhoto(io.ComfyNode):
                 "picture near that size; check the operator's numbers"
             )
         check_batch(a, "photo", y)
-        seen, blurs = measured(a, y), any(isinstance(part, Blur) for part in factors(a))
+        seen = measured(a, y)
         if noise["noise"] == "estimated":
             sigma, text = estimated(y, seen)
-            if sigma < ROUNDED and blurs and of_8_bits(photo):
+            if sigma < ROUNDED and blurs(a) and of_8_bits(photo):
                 sigma, text = ROUNDED, f"{text}\n{ROUNDED} is taken, for the rounding of 8 bits behind a blur"
         else:
             sigma = noise["sigma"]
             text = f"noise {sigma:.4g}"
-            if 0 < sigma < LEAST and blurs and of_8_bits(photo):  # what 0 amplifies Finish and Restore measure
+            if 0 < sigma < LEAST and blurs(a) and of_8_bits(photo):  # what 0 amplifies Finish and Restore measure
                 raise ValueError(
                     f"sigma: got {sigma:.4g}, less than this photo's 8 bits round away, which the inverse of a blur amplifies. Set {ROUNDED} or more"
                 )
         # Whatever the photo shows where pixels are lost is no measurement.
         return output(cls, Measurement(seen * y, a, 2 * sigma), text)
+
+
+def blurs(operator: LinearOperator) -> bool:
+    """Whether a blur is among what happened: its inverse amplifies noise."""
+    return any(isinstance(part, Blur) for part in factors(operator))
 
 
 def of_8_bits(photo: Tensor) -> bool:
@@ -338,6 +343,14 @@ def each_photo(x: Tensor, measurement: Measurement) -> list[tuple[Tensor, Measur
     return [(results, measurement.select(i)) for i, results in enumerate(x.unflatten(0, (len(measurement.y), -1)))]
 
 
+def which(**numbers: tuple[int, int]) -> str:
+    """What a line of a read-out is about, "picture 2: photo 1: " say: of each kind its number from 0, where there are several.
+
+    numbers: (number, how many there are), by kind.
+    """
+    return "".join(f"{kind} {i + 1}: " for kind, (i, count) in numbers.items() if count > 1)
+
+
 def degraded(measurement: Measurement) -> Tensor:
     """The photos of a measurement as an IMAGE, side by side where it has several."""
     return beside(*(photo_image(part.y) for part in single(measurement)))
@@ -360,7 +373,7 @@ def output(node: type[io.ComfyNode], measurement: Measurement, text: str) -> io.
     for i, share in enumerate(shares if each else shares[:1]):
         if share or each:
             much = "nothing" if share == 0 else "less than 0.1%" if share < 1e-3 else f"{share:.1%}"
-            text += f"\n{f'picture {i + 1}: ' if each else ''}{much} of the picture lost"
+            text += f"\n{which(picture=(i, len(shares))) if each else ''}{much} of the picture lost"
             text += "; if a mask marks the pixels to keep, invert it" if share > 0.5 else ""
     picture = degraded(measurement)
     return io.NodeOutput(measurement, picture, lost, ui=shown(node, picture, text=text))

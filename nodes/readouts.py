@@ -13,7 +13,7 @@ from torch import Tensor
 from ..operators import ConvergenceError, Measurement
 from ..samplers import measured
 from . import host
-from .measurement import ROUNDED, check_result, each_photo, photo_image, single
+from .measurement import ROUNDED, check_result, each_photo, photo_image, single, which
 from .pictures import VISIBLE, below, beside, heat, shown
 from .types import CATEGORY, MeasurementType, to_signal
 
@@ -74,17 +74,17 @@ class Consistency(io.ComfyNode):
         x = check_result("image", image, measurement, several=True)
         measurement = host.stoppable(measurement, torch.float64)
         pictures, lines, readings = [], [], []
-        for results, own in each_photo(x, measurement):
+        groups = each_photo(x, measurement)
+        for results, own in groups:
             rows, found = degraded_again(results, single(own), gain)
             pictures.append(below(*rows))
-            several = len(x) > len(measurement.y) > 1
             for i, parts in enumerate(zip(*found, strict=True)):
                 best = None if all(part.agrees for part in parts) else best_residuals(own.select(i if len(own.y) > 1 else 0))
                 readings.append(parts)
                 for k, part in enumerate(parts):
-                    number = f"picture {len(pictures)}, sample {i + 1}" if several else f"picture {len(readings)}"
-                    names = [number] * (len(x) > 1) + [f"photo {k + 1}"] * (len(parts) > 1)
-                    lines.append(": ".join([*names, verdict(part, best, k)]))
+                    result = {"picture": (len(pictures) - 1, len(groups)), "sample": (i, len(results))}
+                    result = result if len(groups) > 1 else {"picture": (i, len(results))}
+                    lines.append(which(**result, photo=(k, len(parts))) + verdict(part, best, k))
         relative, sigmas = zip(*map(overall, readings), strict=True)
         agrees = all(part.agrees for parts in readings for part in parts)
         picture = torch.cat(pictures)

@@ -13,6 +13,7 @@ from ..operators import Crop, Identity, Measurement
 from ..samplers import fill_unseen, measured, sample_cpigdm, sample_psld, start_level
 from . import host
 from .finish import finish
+from .measurement import which
 from .pictures import heat, shown
 from .plot import residual_plot
 from .samplers import LIGHTER, LIGHTER_TEXT, run_inputs
@@ -199,16 +200,11 @@ class Restore(io.ComfyNode):
                     image, rms, text = finish(window(to_signal("vae", decoded)), exact.select(i))
                     images.append(image)
                     worst = max(worst, rms)
-                    texts += [named_result(i, k, len(filled), samples) + line for line in text.split("\n")]
+                    name = which(picture=(i, len(filled)), sample=(k, samples))
+                    texts += [name + line for line in text.split("\n")]
             pictures, plot = torch.cat(images), residual_plot(curves, exact.sigma / 2)
             previews = [pictures] if plot is None else [pictures, plot]
             return io.NodeOutput(pictures, worst, ui=shown(cls, *previews, text="\n".join([*texts, *notes])))
-
-
-def named_result(photo: int, sample: int, photos: int, samples: int) -> str:
-    """Which of several results a line is about: "picture 2, sample 1: ", or as much of that as there is a choice."""
-    names = [f"picture {photo + 1}"] * (photos > 1) + [f"sample {sample + 1}"] * (samples > 1)
-    return f"{', '.join(names)}: " if names else ""
 
 
 @contextlib.contextmanager

@@ -3,10 +3,10 @@
 import torch
 from comfy_api.latest import io
 
-from ..operators import Blur, ConvergenceError, Measurement
-from ..operators.compose import factors
+from ..operators import ConvergenceError, Measurement
 from ..samplers import fill_unseen, sample_cpigdm, sample_psld
 from . import host
+from .measurement import blurs
 from .types import CATEGORY, MeasurementType, to_image
 
 LIGHTER = {"consistency": "encoder"}  # of C-PiGDM, where memory does not suffice for a gradient through the decoder
@@ -290,8 +290,7 @@ class SamplerCPiGDM(io.ComfyNode):
         hint = "; for a model on latents connect its VAE" if vae is None else ""
         if jacobian and not closed:
             raise ValueError(f"jacobian: works only for models on pixels and operators with a closed form; set it to off{hint}")
-        blurs = any(isinstance(part, Blur) for part in factors(measurement.operator))
-        if weight["weight"] == "bayes" and closed and blurs and not jacobian and measurement.sigma > 0:
+        if weight["weight"] == "bayes" and closed and blurs(measurement.operator) and not jacobian and measurement.sigma > 0:
             # Where A nearly loses a direction the noise is amplified, which |A x - y| does not show.
             raise ValueError(
                 "weight: bayes without the Jacobian amplifies the noise of a blurred photo on a model that works on pixels; set it to "

@@ -322,7 +322,7 @@ def test_several_results_of_each_photo(nodes: ModuleType, pack: ModuleType, comb
     assert torch.equal(shown, torch.cat([one[0] for one in alone]))
     assert (relative, sigmas) == tuple(max(one[k] for one in alone) for k in (1, 2))
     assert not agrees
-    lines = [f"picture {i // 3 + 1}, sample {i % 3 + 1}: {line}" for i, one in enumerate(alone) for line in one[4].split("\n")]
+    lines = [f"picture {i // 3 + 1}: sample {i % 3 + 1}: {line}" for i, one in enumerate(alone) for line in one[4].split("\n")]
     assert text == "\n".join(lines)
     # Finish would make a result agree with whatever photo it takes for its own.
     with pytest.raises(ValueError, match=r"^image: got a batch of 6 for a measurement of 2; they must be equal"):
